@@ -1,0 +1,62 @@
+"""Sparse dictionaries on language-model activations, and trustworthy counts of features.
+
+The names below load on first use, so that `import saefeat` costs no more than `import torch`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from saefeat import metrics as metrics
+    from saefeat.activations.hooks import read_activations as read_activations
+    from saefeat.activations.stream import ActivationStream as ActivationStream
+    from saefeat.activations.tokens import Tokens as Tokens
+    from saefeat.activations.tokens import load_tokens as load_tokens
+    from saefeat.dictionaries.base import Dictionary as Dictionary
+    from saefeat.dictionaries.sae_lens import load_dictionary as load_dictionary
+    from saefeat.dictionaries.topk import TopKConfig as TopKConfig
+    from saefeat.kernels.codes import Codes as Codes
+    from saefeat.models.load import load_model as load_model
+    from saefeat.report.measure import measure as measure
+    from saefeat.report.record import Report as Report
+    from saefeat.training.bank import Bank as Bank
+    from saefeat.training.trainer import train as train
+
+_HOMES = {
+    "ActivationStream": "saefeat.activations.stream",
+    "Bank": "saefeat.training.bank",
+    "Codes": "saefeat.kernels.codes",
+    "Dictionary": "saefeat.dictionaries.base",
+    "Report": "saefeat.report.record",
+    "Tokens": "saefeat.activations.tokens",
+    "TopKConfig": "saefeat.dictionaries.topk",
+    "load_dictionary": "saefeat.dictionaries.sae_lens",
+    "load_model": "saefeat.models.load",
+    "load_tokens": "saefeat.activations.tokens",
+    "measure": "saefeat.report.measure",
+    "read_activations": "saefeat.activations.hooks",
+    "train": "saefeat.training.trainer",
+}
+"""Where each public name is defined."""
+
+_ROOMS = ("metrics",)
+"""Modules that are public as a whole."""
+
+__all__ = [*sorted(_HOMES), *_ROOMS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+    elif name in _ROOMS:
+        value = import_module(f"saefeat.{name}")
+    else:
+        raise AttributeError(f"module 'saefeat' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,20 @@
+"""Where activations come from: text, hooks of a language model, and the stream of both."""
+
+from saefeat.activations.hooks import (
+    HookReader,
+    read_activations,
+    replaced_activations,
+    resolve_hooks,
+)
+from saefeat.activations.stream import ActivationStream
+from saefeat.activations.tokens import Tokens, load_tokens
+
+__all__ = [
+    "ActivationStream",
+    "HookReader",
+    "Tokens",
+    "load_tokens",
+    "read_activations",
+    "replaced_activations",
+    "resolve_hooks",
+]

@@ -1,0 +1,336 @@
+"""Batches of activations in random order, the same tokens at every hook.
+
+Shape letters: n rows, d width of a hook.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saefeat.activations.hooks import HookReader
+from saefeat.activations.shuffle import ShuffleBuffer
+from saefeat.activations.sources import LeftOut, ModelSource, Source, TensorSource
+from saefeat.activations.tokens import Tokens
+
+Batch = dict[str, Tensor]
+
+# Tokens in one forward, unless told otherwise: enough to keep two cores or a GPU busy with a
+# small model, few enough that a large model's activations fit.
+TOKENS_PER_FORWARD = 2048
+
+
+class ActivationStream:
+    """Activations as batches {hook name: [n, d]}, row i being the same token at every hook.
+
+    Each epoch visits the items of the source (contexts of a text, rows of a tensor) in a new
+    random order, and draws batches at random from a buffer that is refilled as it empties, so
+    that a batch mixes tokens of many contexts. Every row comes once in an epoch. The seed
+    decides all of it: each iteration starts from it, and gives the same batches again.
+
+    Batches are new tensors, in the dtype and on the device of the source.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        held_out_source: Source | None,
+        *,
+        example: Batch,
+        batch_size: int,
+        buffer_rows: int | None = None,
+        seed: int = 0,
+        model_name: str | None = None,
+        tokens: Tokens | None = None,
+    ) -> None:
+        """Most callers want `from_model` or `from_tensors`.
+
+        Args:
+            source: The rows to train on.
+            held_out_source: The rows to measure on.
+            example: At least one row of each hook, for its width and dtype.
+            batch_size: Rows in a batch.
+            buffer_rows: Rows among which batches are drawn; None for 16 batches, and no
+                fewer than 65,536. Never more than an epoch has.
+            seed: Decides the order of everything.
+            model_name: The language model.
+            tokens: The text that it reads.
+
+        Raises:
+            ValueError: A number is out of range, or the source has no rows.
+        """
+        _check_numbers(batch_size, seed)
+        if buffer_rows is None:
+            buffer_rows = max(16 * batch_size, 65_536)
+        elif buffer_rows < batch_size:
+            raise ValueError(
+                f"buffer_rows={buffer_rows} holds less than a batch of {batch_size}. Give several "
+                "batches, so that there is something to mix."
+            )
+        if source.n_rows == 0:
+            raise ValueError("There are no rows to train on: no position of the text counts.")
+        self.hooks: list[str] = list(example)
+        self.widths: dict[str, int] = {hook: x.shape[-1] for hook, x in example.items()}
+        self.batch_size = batch_size
+        self.buffer_rows = max(batch_size, min(buffer_rows, source.n_rows))
+        self.seed = seed
+        self.model_name = model_name
+        self.context_size: int | None = tokens.context_size if tokens else None
+        self.prepend_bos: bool | None = tokens.prepend_bos if tokens else None
+        self.held_out_tokens: Tokens | None = (
+            tokens.held_out if tokens and tokens.n_held_out else None
+        )
+        self.left_out = LeftOut()
+        """Counts of the iteration that was begun last, training or held out."""
+        self.epochs_started = 0
+        """Epochs that the training iteration begun last has started."""
+        self._source = source
+        self._held_out_source = held_out_source
+        self._row_bytes = sum(x.shape[-1] * x.element_size() for x in example.values())
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Any,
+        tokens: Tokens,
+        hooks: str | Sequence[str],
+        *,
+        batch_size: int = 4096,
+        buffer_rows: int | None = None,
+        contexts_per_forward: int | None = None,
+        seed: int = 0,
+        max_norm_ratio: float | None = 10.0,
+        flatten_heads: bool = False,
+    ) -> "ActivationStream":
+        """Reads the activations of `model` on `tokens` as they are needed.
+
+        Positions that do not count (`Tokens.counts`) give no rows, nor do attention sinks: a
+        token whose norm at any hook is above `max_norm_ratio` times that hook's running
+        median is left out at all hooks (see `sources.OutlierRule`) and counted in `left_out`.
+
+        Args:
+            model: A TransformerLens model.
+            tokens: From `load_tokens`.
+            hooks: Names or patterns, see `resolve_hooks`.
+            batch_size: Rows in a batch.
+            buffer_rows: Rows among which batches are drawn; `buffer_bytes` says what memory
+                they take. None: 16 batches, and no fewer than 65,536 rows.
+            contexts_per_forward: None: as many as make 2,048 tokens.
+            seed: Decides the order of everything.
+            max_norm_ratio: None leaves no token out for its norm.
+            flatten_heads: Reads hooks with a head axis as one vector for each position.
+
+        Raises:
+            TypeError: `tokens` is no `Tokens`.
+            ValueError: A hook cannot be read (see `HookReader`), the tokens do not fit the
+                model, or a number is out of range. While iterating: NaN or infinite
+                activations, hook and context named.
+        """
+        if not isinstance(tokens, Tokens):
+            raise TypeError(
+                f"tokens must come from load_tokens, which takes a {type(tokens).__name__} too if "
+                "it holds token ids: it marks the positions that count and holds some out."
+            )
+        _check_fit(model, tokens)
+        if contexts_per_forward is None:
+            contexts_per_forward = max(1, TOKENS_PER_FORWARD // tokens.context_size)
+        if contexts_per_forward < 1 or (max_norm_ratio is not None and max_norm_ratio <= 1):
+            raise ValueError(
+                f"contexts_per_forward={contexts_per_forward} must be at least 1, and "
+                f"max_norm_ratio={max_norm_ratio} above 1 (half of all norms are above the median)."
+            )
+        reader = HookReader(model, hooks, flatten_heads=flatten_heads)
+        mask = tokens.attention_mask
+        example = reader.read(tokens.ids[:1], None if mask is None else mask[:1])
+        n_train = tokens.n_contexts - tokens.n_held_out
+        train, held_out = (
+            ModelSource(
+                reader,
+                tokens,
+                contexts,
+                contexts_per_forward=contexts_per_forward,
+                max_norm_ratio=max_norm_ratio,
+            )
+            for contexts in (range(n_train), range(n_train, tokens.n_contexts))
+        )
+        return cls(
+            train,
+            held_out if tokens.n_held_out else None,
+            example=example,
+            batch_size=batch_size,
+            buffer_rows=buffer_rows,
+            seed=seed,
+            model_name=getattr(getattr(model, "cfg", None), "model_name", None),
+            tokens=tokens,
+        )
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, Tensor],
+        *,
+        batch_size: int = 4096,
+        seed: int = 0,
+        held_out_fraction: float = 0.1,
+    ) -> "ActivationStream":
+        """Any activations, with no language model.
+
+        Args:
+            tensors: {name: [n, d]}, row i being the same sample in each. They are not copied.
+            batch_size: Rows in a batch.
+            seed: Decides the order of the rows, and which are held out.
+            held_out_fraction: Share of the rows that training never sees, from 0 up to 1; at
+                least one row, unless it is 0.
+
+        Raises:
+            ValueError: The tensors are not aligned floating-point matrices on one device, or
+                a number is out of range. While iterating: NaN or infinity.
+        """
+        _check_numbers(batch_size, seed)
+        tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        is_aligned = (
+            all(x.ndim == 2 and x.is_floating_point() and x.numel() for x in tensors.values())
+            and len({(len(x), x.device) for x in tensors.values()}) == 1
+        )
+        if not is_aligned:
+            raise ValueError(
+                f"The tensors have shapes {shapes}. Give floating-point matrices [n, d] on one "
+                "device that agree in n, row i being the same sample in each."
+            )
+        n_rows = len(next(iter(tensors.values())))
+        n_held_out = 0 if held_out_fraction == 0 else max(1, round(held_out_fraction * n_rows))
+        if held_out_fraction < 0 or n_held_out >= n_rows:
+            raise ValueError(
+                f"held_out_fraction={held_out_fraction} of {n_rows} rows leaves none to train on "
+                "or is no share; it must be at least 0 and below 1."
+            )
+        rows = torch.from_numpy(np.random.default_rng(seed).permutation(n_rows))
+        held_out_rows, train_rows = rows[:n_held_out].sort().values, rows[n_held_out:]
+        return cls(
+            TensorSource(tensors, train_rows, batch_size),
+            TensorSource(tensors, held_out_rows, batch_size) if n_held_out else None,
+            example=tensors,
+            batch_size=batch_size,
+            # The source gives its rows in random order already.
+            buffer_rows=batch_size,
+            seed=seed,
+        )
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory that the buffer takes while an iteration runs."""
+        return (self.buffer_rows + self._source.chunk_rows) * self._row_bytes
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One epoch of training batches; the last one may be smaller."""
+        self._begin()
+        yield from self._epoch(0, self._new_buffer(), self.batch_size)
+
+    def batches(self, n_rows: int) -> Iterator[Batch]:
+        """Training batches until `n_rows` rows are given, over as many epochs as that takes.
+
+        Each batch has `batch_size` rows, the last what is left. A batch at the end of an
+        epoch is filled up from the next one.
+        """
+        self._begin()
+        buffer = self._new_buffer()
+        begun: Batch = {}
+        n_left = n_rows
+        if n_left < 1:
+            return
+        for epoch in itertools.count():
+            for batch in self._epoch(epoch, buffer, self.batch_size - _n_rows(begun)):
+                if begun:
+                    batch = {hook: torch.cat([begun[hook], x]) for hook, x in batch.items()}
+                    begun = {}
+                if _n_rows(batch) < min(self.batch_size, n_left):
+                    begun = batch
+                    continue
+                yield {hook: x[:n_left] for hook, x in batch.items()}
+                n_left -= _n_rows(batch)
+                if n_left <= 0:
+                    return
+
+    def held_out_batches(self, n_rows: int | None = None) -> Iterator[Batch]:
+        """Held-out rows in order, in batches of `batch_size` at most.
+
+        Args:
+            n_rows: Most rows to give; None gives all. There may be fewer.
+
+        Raises:
+            ValueError: Nothing was held out.
+        """
+        if self._held_out_source is None:
+            raise ValueError(
+                "Nothing was held out: the share was 0, or the text made only one context."
+            )
+        self._begin()
+        n_left = self._held_out_source.n_rows if n_rows is None else n_rows
+        order = np.arange(self._held_out_source.n_items)
+        for chunk in self._held_out_source.chunks(order, self.left_out):
+            for start in range(0, _n_rows(chunk), self.batch_size):
+                if n_left <= 0:
+                    return
+                stop = start + min(self.batch_size, n_left)
+                batch = {hook: x[start:stop] for hook, x in chunk.items()}
+                yield batch
+                n_left -= _n_rows(batch)
+
+    def _begin(self) -> None:
+        self.left_out = LeftOut()
+        self.epochs_started = 0
+
+    def _new_buffer(self) -> ShuffleBuffer:
+        return ShuffleBuffer(self.buffer_rows + self._source.chunk_rows)
+
+    def _epoch(self, epoch: int, buffer: ShuffleBuffer, first_size: int) -> Iterator[Batch]:
+        """Every row once, in batches: one of `first_size`, then whole ones, then what is left."""
+        self.epochs_started += 1
+        generator = np.random.default_rng([self.seed, epoch])
+        order = generator.permutation(self._source.n_items)
+        size = first_size
+        is_empty = True
+        for chunk in self._source.chunks(order, self.left_out):
+            buffer.add(chunk)
+            while buffer.size >= self.buffer_rows:
+                is_empty = False
+                yield buffer.take(size, generator)
+                size = self.batch_size
+        while buffer.size:
+            is_empty = False
+            yield buffer.take(min(size, buffer.size), generator)
+            size = self.batch_size
+        if is_empty:
+            raise ValueError(
+                f"An epoch gave no rows: of {self.left_out.positions_read} positions all were "
+                "left out. Raise max_norm_ratio, or set it to None."
+            )
+
+
+def _n_rows(batch: Batch) -> int:
+    return len(next(iter(batch.values()))) if batch else 0
+
+
+def _check_numbers(batch_size: int, seed: int) -> None:
+    for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"{name}={value} is too small; it must be at least {least}.")
+
+
+def _check_fit(model: Any, tokens: Tokens) -> None:
+    """Catches what would otherwise be an index error deep inside the model."""
+    cfg = getattr(model, "cfg", None)
+    vocabulary, longest = getattr(cfg, "d_vocab", None), getattr(cfg, "n_ctx", None)
+    if vocabulary and vocabulary > 0 and int(tokens.ids.max()) >= vocabulary:
+        raise ValueError(
+            f"Token id {int(tokens.ids.max())} is beyond the model's vocabulary of {vocabulary}. "
+            "The text was probably tokenised for another model."
+        )
+    if longest and tokens.context_size > longest:
+        raise ValueError(
+            f"Contexts of {tokens.context_size} tokens are longer than the model's {longest}."
+        )

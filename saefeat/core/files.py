@@ -1,0 +1,104 @@
+"""Files that are whole or absent: every write is atomic and every read is checked."""
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write a JSON file, replacing an older one only once the new one is on disk.
+
+    Raises:
+        TypeError: `value` holds something that JSON cannot.
+        ValueError: `value` holds NaN or infinity, which JSON has no way to write.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file, replacing an older one only once the new one is on disk."""
+    _replace(Path(path), lambda temporary: temporary.write_bytes(data))
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file, replacing an older one only once the new one is on disk."""
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _replace(Path(path), lambda temporary: save_file(whole, temporary, metadata))
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not valid JSON.
+    """
+    data = Path(path).read_bytes()
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); it is damaged or cut off.") from None
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not a whole safetensors file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); it is damaged or cut off."
+        ) from None
+
+
+def claim_folder(folder: str | Path, what: str = "run") -> Path:
+    """Make a new folder, or take an empty one, so that nothing is ever overwritten.
+
+    Raises:
+        FileExistsError: It holds files, or is one.
+    """
+    check_unclaimed(folder, what)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder)
+
+
+def check_unclaimed(folder: str | Path, what: str = "run") -> None:
+    """Raise what `claim_folder` would, without making the folder."""
+    folder = Path(folder)
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file, and a folder is needed for the {what}.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(
+            f"{folder} already holds files, and a {what} never overwrites anything. "
+            "Choose another folder, or delete this one."
+        )
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, so that the last step is a rename within one file system.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,38 @@
+"""The auxiliary loss that brings dead latents back (AuxK, Gao et al. 2024, arXiv:2406.04093)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saefeat.dictionaries.base import Dictionary, StepContext
+
+
+def auxiliary_loss(
+    dictionary: Dictionary,
+    x: Float[Tensor, "n d_in"],
+    residual: Float[Tensor, "n d_in"],
+    context: StepContext,
+) -> Float[Tensor, ""]:
+    """How badly the dead latents alone predict what the live ones left over.
+
+        aux = sum |e - z @ W_dec|^2 / sum |e - mean(e)|^2,    e = x - x_hat (held constant)
+
+    with `z` the ReLU of the `auxiliary_k` largest pre-activations among the dead latents. Main
+    and auxiliary loss are both shares of a variance, so the weight between them means the same
+    at every layer. Gradients reach encoder, decoder and encoder bias of the dead latents, as the
+    main loss cannot. Callers skip this while nothing is dead.
+    """
+    # Of the rows a quarter, drawn by the shuffling of the stream: an estimate without bias.
+    n_rows = max(1, len(x) // 4)
+    target = residual[:n_rows].detach()
+    dead = context.dead.nonzero().squeeze(1)
+    centred = x[:n_rows] - dictionary.b_dec.detach()
+    scores = centred @ dictionary.encoder[dead].T + dictionary.b_enc[dead]
+    k = dictionary.config.auxiliary_k or max(1, dictionary.d_in // 2)
+    if len(dead) > k:
+        floor = scores.detach().kthvalue(len(dead) - k + 1, dim=1, keepdim=True).values
+        scores = scores * (scores >= floor)
+    prediction = torch.relu(scores) @ dictionary.W_dec[dead]
+    variance = (target - target.mean(0)).square().sum()
+    # A residual that does not vary leaves nothing to learn from; 0 / 0 would poison the weights.
+    return (target - prediction).square().sum() / variance.clamp_min(torch.finfo(x.dtype).tiny)

@@ -1,0 +1,240 @@
+"""What every dictionary is: a way to encode activations sparsely, and rows that decode them.
+
+Shape letters used in this room: n rows (tokens), d_in input width, d_sae latents, nnz stored
+entries of sparse codes.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from saefeat.kernels import stock
+from saefeat.kernels.codes import Codes
+from saefeat.kernels.dispatch import Kernels
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DictionaryConfig:
+    """The recipe that every kind of dictionary shares; each kind adds its own fields."""
+
+    learning_rate: float | None = None
+    """Peak learning rate of Adam. None: scaled with the width, see `peak_learning_rate`."""
+    warmup_fraction: float = 0.05
+    """Share of the steps over which the learning rate rises from 0, 1,000 steps at most."""
+    decay_fraction: float = 0.2
+    """Share of the steps over which the learning rate falls to 0 at the end."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's running means of the gradient and of its square."""
+    auxiliary_weight: float = 1 / 32
+    """Weight of the auxiliary loss that revives dead latents, beside a main loss of 1."""
+    auxiliary_k: int | None = None
+    """Dead latents that take part in the auxiliary loss for each token. None: d_in / 2."""
+    dead_after_tokens: int | None = None
+    """Tokens without firing after which a latent counts as dead during training.
+    None: 10 million, or a twentieth of a run that is shorter than 200 million tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Where a dictionary comes from: what SAELens calls metadata."""
+
+    hook_name: str = ""
+    """The hook point that it reads."""
+    model_name: str | None = None
+    """The language model; None for activations of no known model."""
+    expansion_factor: float | None = None
+    """d_sae / d_in as it was asked for."""
+    seed: int | None = None
+    """Seed of its initial weights."""
+    context_size: int | None = None
+    """Tokens in a context of the training text."""
+    prepend_bos: bool | None = None
+    """Whether each context began with a BOS token."""
+    n_tokens: int = 0
+    """Rows of activations that it was trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepContext:
+    """What a dictionary is handed besides its batch, for one training step."""
+
+    kernels: Kernels
+    """Backend of the sparse products."""
+    selection_dtype: torch.dtype
+    """Dtype of the one dense product, which only decides which latents are on."""
+    scratch: Callable[[int, int, torch.dtype], Tensor]
+    """Gives a matrix of that shape and dtype; its content lasts until the next call."""
+    progress: float
+    """Share of the training that is done, from 0 to 1."""
+    variance: Float[Tensor, ""]
+    """Sum over the batch of the squared distance to its mean, the unit of the loss."""
+    dead: Bool[Tensor, " d_sae"]
+    """Latents that have not fired for `dead_after_tokens`."""
+    n_dead: int
+    """How many those are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLoss:
+    """What a training step minimises, and what it logs."""
+
+    total: Float[Tensor, ""]
+    """The loss; its gradient trains the dictionary."""
+    terms: dict[str, Tensor]
+    """Detached 0-d parts of it by name, for the log."""
+    codes: Codes
+    """The codes of the batch, for counting which latents fired."""
+
+
+class Dictionary(nn.Module, ABC):
+    """A sparse dictionary over the activations of one hook point.
+
+    Weights are held latent by latent, `[d_sae, d_in]`, since every sparse product reads or
+    writes whole rows of them; `W_enc` is the transpose that SAELens and the papers call by
+    that name. A dictionary that training hands out reads raw activations of the model: the
+    factor by which they were scaled during training is folded into its biases.
+
+    Raises:
+        ValueError: `d_in` or `d_sae` is below 1.
+    """
+
+    architecture: ClassVar[str]
+    """Its name in files and reports."""
+    config_type: ClassVar[type[DictionaryConfig]]
+    """The config that makes one."""
+
+    def __init__(
+        self, config: DictionaryConfig, d_in: int, d_sae: int, origin: Origin | None = None
+    ) -> None:
+        super().__init__()
+        if d_in < 1 or d_sae < 1:
+            raise ValueError(
+                f"A dictionary needs d_in >= 1 and d_sae >= 1, got d_in={d_in} and d_sae={d_sae}. "
+                "An expansion factor below 1 / d_in gives no latents."
+            )
+        self.config = config
+        self.origin = origin or Origin()
+        self.d_in = d_in
+        self.d_sae = d_sae
+        self.encoder = nn.Parameter(torch.zeros(d_sae, d_in))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+
+    @property
+    def hook_name(self) -> str:
+        """The hook point that it reads."""
+        return self.origin.hook_name
+
+    @property
+    def W_enc(self) -> Float[Tensor, "d_in d_sae"]:  # noqa: N802 - the papers' name
+        """The encoder, one column for each latent."""
+        return self.encoder.T
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator, centre: Float[Tensor, " d_in"]) -> None:
+        """Draw unit decoder rows, tie the encoder to them, and start from `centre`.
+
+        The encoder starts as the decoder's transpose and the decoder bias at a robust centre of
+        the data, after Gao et al. 2024 (arXiv:2406.04093), appendix A.
+        """
+        rows = torch.randn(self.d_sae, self.d_in, generator=generator)
+        rows /= rows.norm(dim=1, keepdim=True)
+        self.W_dec.copy_(rows)
+        self.encoder.copy_(rows)
+        self.b_enc.zero_()
+        self.b_dec.copy_(centre)
+
+    @abstractmethod
+    def encode(self, x: Float[Tensor, "..."]) -> Codes:
+        """The sparse codes of activations; `x` is cast to the dictionary's dtype.
+
+        Raises:
+            ValueError: `x` is not a matrix of width `d_in`.
+        """
+
+    def decode(self, codes: Codes) -> Float[Tensor, "n d_in"]:
+        """`codes @ W_dec + b_dec`.
+
+        Raises:
+            ValueError: The codes are of another number of latents.
+        """
+        if codes.d_sae != self.d_sae:
+            raise ValueError(
+                f"These codes have {codes.d_sae} latents and this dictionary has {self.d_sae}. "
+                "Decode codes with the dictionary that made them."
+            )
+        return stock.product(codes.pattern, codes.values, self.W_dec) + self.b_dec
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "n d_in"]:
+        """`decode(encode(x))`."""
+        return self.decode(self.encode(x))
+
+    @abstractmethod
+    def training_loss(self, x: Float[Tensor, "n d_in"], context: StepContext) -> StepLoss:
+        """The loss of one batch of scaled activations, ready for `backward`."""
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        """Turn a dictionary of `scale * x` into the one of `x` with the same latents.
+
+        Pre-activations of `scale * x` are `scale` times those of `x` once both biases are
+        divided by `scale`, and neither ReLU nor a ranking minds the factor. Both weight
+        matrices stay as they are.
+        """
+        self.b_enc /= scale
+        self.b_dec /= scale
+
+    @torch.no_grad()
+    def drop_parallel_gradient(self) -> None:
+        """Remove the part of the decoder's gradient that would only change its rows' length."""
+        gradient = self.W_dec.grad
+        if gradient is not None:
+            along = torch.einsum("hd,hd->h", gradient, self.W_dec)
+            gradient.addcmul_(along[:, None], self.W_dec, value=-1)
+
+    @torch.no_grad()
+    def normalise_decoder(self) -> None:
+        """Bring decoder rows back to length 1, as rounding and Adam's scaling move them."""
+        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+
+    @property
+    def sae_lens_fields(self) -> dict[str, object]:
+        """Keys that SAELens wants in `cfg.json` for this kind, beyond those of all kinds."""
+        return {}
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the dictionary as a folder that SAELens opens too; see `sae_lens.save`."""
+        from saefeat.dictionaries import sae_lens
+
+        return sae_lens.save(self, Path(folder))
+
+    def with_origin(self, **changes: object) -> "Dictionary":
+        """This dictionary, its origin changed in place."""
+        self.origin = replace(self.origin, **changes)  # type: ignore[arg-type]
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.hook_name!r}, d_in={self.d_in}, d_sae={self.d_sae}"
+
+    def _checked(self, x: Tensor) -> Float[Tensor, "n d_in"]:
+        if x.ndim != 2 or x.shape[1] != self.d_in:
+            raise ValueError(
+                f"This dictionary of {self.hook_name or 'an unnamed hook'} reads [n, {self.d_in}], "
+                f"got {list(x.shape)}. Flatten batch and position first, and check that the "
+                "activations are of the hook that the dictionary was trained on."
+            )
+        return x.to(self.W_dec.dtype)
+
+
+def peak_learning_rate(config: DictionaryConfig, d_sae: int) -> float:
+    """The learning rate of `config`, or the default that falls with the square root of width."""
+    if config.learning_rate is not None:
+        return config.learning_rate
+    return float(2e-4 / (d_sae / 2**14) ** 0.5)

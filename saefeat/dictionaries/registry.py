@@ -1,0 +1,23 @@
+"""Every kind of dictionary there is. A new kind is one new file and one line here."""
+
+from saefeat.dictionaries.base import Dictionary, DictionaryConfig
+from saefeat.dictionaries.topk import TopK
+
+KINDS: tuple[type[Dictionary], ...] = (TopK,)
+
+ARCHITECTURES: dict[str, type[Dictionary]] = {kind.architecture: kind for kind in KINDS}
+
+
+def dictionary_type(config: DictionaryConfig) -> type[Dictionary]:
+    """The kind of dictionary that `config` describes.
+
+    Raises:
+        TypeError: `config` is not one of the configs of this library.
+    """
+    for kind in KINDS:
+        if type(config) is kind.config_type:
+            return kind
+    raise TypeError(
+        f"Expected one of {', '.join(kind.config_type.__name__ for kind in KINDS)}, "
+        f"got {type(config).__name__}. Pass a config, such as TopKConfig(k=32)."
+    )

@@ -1,0 +1,56 @@
+"""TopK sparse autoencoders (Gao et al. 2024, arXiv:2406.04093)."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saefeat.dictionaries.base import DictionaryConfig, Origin, StepContext
+from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
+from saefeat.kernels.codes import Codes, SparsityPattern
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopKConfig(DictionaryConfig):
+    """Keeps the `k` largest latents of each token and zeroes the rest (Gao et al. 2024)."""
+
+    k: int = 32
+    """Latents kept per token."""
+
+
+class TopK(SparseAutoencoder):
+    """Keeps the k largest pre-activations of each token.
+
+        f = ReLU(TopK((x - b_dec) @ W_enc + b_enc)),    x_hat = f @ W_dec + b_dec
+
+    Raises:
+        ValueError: `k` is below 1 or above `d_sae`.
+    """
+
+    architecture = "topk"
+    config_type = TopKConfig
+    config: TopKConfig
+
+    def __init__(
+        self, config: TopKConfig, d_in: int, d_sae: int, origin: Origin | None = None
+    ) -> None:
+        super().__init__(config, d_in, d_sae, origin)
+        if not 1 <= config.k <= d_sae:
+            raise ValueError(
+                f"TopK needs 1 <= k <= d_sae, got k={config.k} and d_sae={d_sae}. "
+                "Lower k or raise the expansion factor."
+            )
+
+    def encode(self, x: Float[Tensor, "..."]) -> Codes:
+        """The k largest latents of each row, those below zero clamped to it."""
+        values, latents = self.scores(x).topk(self.config.k, dim=1, sorted=False)
+        return Codes.from_rows(latents, torch.relu(values), self.d_sae)
+
+    def select(self, scores: Float[Tensor, "n d_sae"], context: StepContext) -> SparsityPattern:
+        """The k largest of each row."""
+        return SparsityPattern.from_top_k(context.kernels.top_k(scores, self.config.k), self.d_sae)
+
+    @property
+    def sae_lens_fields(self) -> dict[str, object]:
+        return {"k": self.config.k, "rescale_acts_by_decoder_norm": False}

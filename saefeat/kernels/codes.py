@@ -1,0 +1,112 @@
+"""Sparse codes: which latents are on for each token, and how strongly.
+
+Shape letters used in this room: n rows (tokens), d_in input width, d_sae latents, nnz stored
+entries.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class SparsityPattern:
+    """The positions of stored entries in an `[n, d_sae]` matrix, row by row.
+
+    Row `i` holds `latents[offsets[i]:offsets[i + 1]]`, in no fixed order and without repeats.
+    The transposed order is worked out once, on first use, since both weight gradients of a
+    training step read it.
+    """
+
+    def __init__(
+        self, offsets: Int[Tensor, " n_plus_1"], latents: Int[Tensor, " nnz"], d_sae: int
+    ) -> None:
+        self.offsets = offsets
+        self.latents = latents
+        self.d_sae = d_sae
+
+    @classmethod
+    def from_top_k(cls, latents: Int[Tensor, "n k"], d_sae: int) -> "SparsityPattern":
+        """A pattern with the same number of entries in every row."""
+        n, k = latents.shape
+        offsets = torch.arange(0, n * k + 1, k, device=latents.device)
+        return cls(offsets, latents.reshape(-1), d_sae)
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.offsets) - 1
+
+    @cached_property
+    def rows(self) -> Int[Tensor, " nnz"]:
+        """The row of every stored entry."""
+        counts = self.offsets.diff()
+        index = torch.arange(self.n_rows, device=self.latents.device)
+        return torch.repeat_interleave(index, counts, output_size=len(self.latents))
+
+    @cached_property
+    def by_latent(self) -> tuple[Int[Tensor, " d_sae_plus_1"], Int[Tensor, " nnz"]]:
+        """`(offsets, order)`: entry numbers sorted by latent, and where each latent's begin."""
+        # Stable, so that the order of additions, and with it the last bit, is the same each run.
+        _, order = torch.sort(self.latents, stable=True)
+        offsets = self.latents.new_zeros(self.d_sae + 1)
+        torch.cumsum(torch.bincount(self.latents, minlength=self.d_sae), 0, out=offsets[1:])
+        return offsets, order
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A sparse `[n, d_sae]` matrix of latent activations, in compressed rows.
+
+    A stored value of exactly 0 is allowed and counts as off: TopK keeps k entries a row even
+    where fewer are positive.
+    """
+
+    pattern: SparsityPattern
+    values: Float[Tensor, " nnz"]
+
+    @classmethod
+    def from_rows(
+        cls, latents: Int[Tensor, "n k"], values: Float[Tensor, "n k"], d_sae: int
+    ) -> "Codes":
+        """Codes with k entries in every row."""
+        return cls(SparsityPattern.from_top_k(latents, d_sae), values.reshape(-1))
+
+    @classmethod
+    def from_dense(cls, dense: Float[Tensor, "n d_sae"]) -> "Codes":
+        """Codes of the non-zero entries of a dense matrix."""
+        rows, latents = dense.nonzero(as_tuple=True)
+        offsets = torch.zeros(len(dense) + 1, dtype=torch.int64, device=dense.device)
+        torch.cumsum(torch.bincount(rows, minlength=len(dense)), 0, out=offsets[1:])
+        return cls(SparsityPattern(offsets, latents, dense.shape[1]), dense[rows, latents])
+
+    @property
+    def offsets(self) -> Int[Tensor, " n_plus_1"]:
+        return self.pattern.offsets
+
+    @property
+    def latents(self) -> Int[Tensor, " nnz"]:
+        return self.pattern.latents
+
+    @property
+    def d_sae(self) -> int:
+        return self.pattern.d_sae
+
+    @property
+    def n_rows(self) -> int:
+        return self.pattern.n_rows
+
+    def to_dense(self) -> Float[Tensor, "n d_sae"]:
+        """The same matrix with its zeros written out: `n * d_sae` numbers."""
+        dense = self.values.new_zeros(self.n_rows, self.d_sae)
+        dense[self.pattern.rows, self.latents] = self.values
+        return dense
+
+    def firing_counts(self) -> Int[Tensor, " d_sae"]:
+        """In how many rows each latent is above zero."""
+        return torch.bincount(self.latents[self.values > 0], minlength=self.d_sae)
+
+    def row_counts(self) -> Int[Tensor, " n"]:
+        """How many latents are above zero in each row."""
+        return torch.bincount(self.pattern.rows[self.values > 0], minlength=self.n_rows)

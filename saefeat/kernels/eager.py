@@ -1,0 +1,47 @@
+"""The plain reference: every kernel in the fewest torch operators, on any device and dtype.
+
+It gathers one weight row for each stored entry, so it needs `nnz * d` numbers of memory. Other
+backends are tested against it. A codes matrix C and the three products below are all that the
+forward and backward pass of a sparse dictionary need.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saefeat.kernels.codes import SparsityPattern
+
+
+def top_k(scores: Float[Tensor, "n d_sae"], k: int) -> Int[Tensor, "n k"]:
+    """The k largest entries of each row, as indices in no fixed order."""
+    return scores.topk(k, dim=1, sorted=False).indices
+
+
+def sampled_product(
+    pattern: SparsityPattern, left: Float[Tensor, "n d"], right: Float[Tensor, "d_sae d"]
+) -> Float[Tensor, " nnz"]:
+    """The stored entries of `left @ right.T`, without the others."""
+    return (left[pattern.rows] * right[pattern.latents]).sum(dim=1)
+
+
+def product(
+    pattern: SparsityPattern, values: Float[Tensor, " nnz"], weight: Float[Tensor, "d_sae d"]
+) -> Float[Tensor, "n d"]:
+    """`C @ weight`: each row adds up the weight rows of its latents."""
+    out = weight.new_zeros(pattern.n_rows, weight.shape[1])
+    return out.index_add_(0, pattern.rows, values[:, None] * weight[pattern.latents])
+
+
+def transposed_product(
+    pattern: SparsityPattern, values: Float[Tensor, " nnz"], rows: Float[Tensor, "n d"]
+) -> Float[Tensor, "d_sae d"]:
+    """`C.T @ rows`: each latent adds up the rows that it is on in."""
+    out = rows.new_zeros(pattern.d_sae, rows.shape[1])
+    return out.index_add_(0, pattern.latents, values[:, None] * rows[pattern.rows])
+
+
+def latent_sums(
+    pattern: SparsityPattern, values: Float[Tensor, " nnz"]
+) -> Float[Tensor, " d_sae"]:
+    """The column sums of C."""
+    return values.new_zeros(pattern.d_sae).index_add_(0, pattern.latents, values)

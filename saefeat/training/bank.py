@@ -1,0 +1,69 @@
+"""A bank: the dictionaries that one pass over a stream trained together."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from saefeat.dictionaries.base import Dictionary
+from saefeat.dictionaries.sae_lens import load_dictionary
+
+Key = tuple[str, float, int]
+"""`(hook_name, expansion_factor, seed)`."""
+
+
+class Bank(Mapping[Key, Dictionary]):
+    """Trained dictionaries by `(hook_name, expansion_factor, seed)`, in the order of training."""
+
+    def __init__(self, dictionaries: Mapping[Key, Dictionary]) -> None:
+        self._dictionaries = dict(dictionaries)
+
+    def __getitem__(self, key: Key) -> Dictionary:
+        try:
+            return self._dictionaries[key]
+        except KeyError:
+            held = ", ".join(map(str, list(self._dictionaries)[:6]))
+            raise KeyError(
+                f"The bank holds no {key!r}; a key is (hook_name, expansion_factor, seed). "
+                f"It holds {len(self)}: {held}{', …' if len(self) > 6 else ''}"
+            ) from None
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._dictionaries)
+
+    def __len__(self) -> int:
+        return len(self._dictionaries)
+
+    def __repr__(self) -> str:
+        return f"Bank of {len(self)} dictionaries at {', '.join(self.hooks)}"
+
+    @property
+    def hooks(self) -> list[str]:
+        """The hook points that its dictionaries read, each once."""
+        return list(dict.fromkeys(hook_name for hook_name, _, _ in self))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write every dictionary to `folder/<hook_name>/x<expansion_factor>-seed<seed>/`."""
+        for (hook_name, expansion_factor, seed), dictionary in self.items():
+            dictionary.save(Path(folder) / hook_name / f"x{expansion_factor:g}-seed{seed}")
+        return Path(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Bank":
+        """Open a run folder, or the `saes` folder in it.
+
+        Raises:
+            FileNotFoundError: It holds no dictionaries. A run writes them at its end.
+        """
+        folder = Path(folder)
+        saes = folder / "saes" if (folder / "saes").is_dir() else folder
+        loaded = [load_dictionary(path.parent) for path in sorted(saes.glob("*/*/cfg.json"))]
+        if not loaded:
+            raise FileNotFoundError(
+                f"{folder} holds no trained dictionaries (no saes/<hook>/<label>/cfg.json). "
+                "A run writes them when it ends: was it interrupted?"
+            )
+        return cls(
+            {
+                (one.hook_name, one.origin.expansion_factor or 0.0, one.origin.seed or 0): one
+                for one in loaded
+            }
+        )

@@ -1,0 +1,125 @@
+"""A whole bank while it learns: one batch in, one step of every dictionary."""
+
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saefeat.dictionaries.base import Dictionary
+from saefeat.kernels.dispatch import Kernels
+from saefeat.training.bank import Bank, Key
+from saefeat.training.learner import Learner, Scratch
+from saefeat.training.normalisation import ActivationScale, geometric_median
+
+INITIAL_ROWS = 4096
+"""Rows of the first batch that the geometric median is taken over."""
+
+
+class BankLearner:
+    """Trains dictionaries that share batches; those of one hook share its normalised rows."""
+
+    def __init__(
+        self,
+        dictionaries: Mapping[Key, Dictionary],
+        *,
+        n_tokens: int,
+        n_steps: int,
+        device: torch.device,
+        kernels: Kernels,
+        selection_dtype: torch.dtype,
+    ) -> None:
+        self.device = device
+        self.selection_dtype = selection_dtype
+        self.step_number = 0
+        self.n_tokens_seen = 0
+        scratch = Scratch(device)
+        self.learners: dict[str, dict[Key, Learner]] = {}
+        self.scales: dict[str, ActivationScale] = {}
+        for key, dictionary in dictionaries.items():
+            self.scales.setdefault(key[0], ActivationScale(dictionary.d_in))
+            self.learners.setdefault(key[0], {})[key] = Learner(
+                dictionary.to(device),
+                n_tokens=n_tokens,
+                n_steps=n_steps,
+                kernels=kernels,
+                selection_dtype=selection_dtype,
+                scratch=scratch,
+            )
+
+    def step(self, batch: Mapping[str, Tensor]) -> dict[Key, dict[str, float]]:
+        """Make one step of every dictionary.
+
+        Args:
+            batch: Rows of raw activations for each hook, any dtype and device.
+
+        Returns:
+            What each dictionary's step measured.
+
+        Raises:
+            ValueError: An activation or a loss is not finite, or a hook is constant.
+        """
+        measured = {}
+        for hook_name, learners in self.learners.items():
+            x = batch[hook_name].to(self.device, torch.float32)
+            x = x * self._scale(hook_name, x)
+            variance = (x - x.mean(0)).square().sum()
+            if self.step_number == 0:
+                self._initialise(hook_name, x, variance)
+            for key, learner in learners.items():
+                terms = learner.step(x, variance, self.step_number)
+                if not np.isfinite(terms["loss"]):
+                    raise ValueError(
+                        f"The loss of {key} is {terms['loss']} at step {self.step_number}: the "
+                        f"training diverged at learning rate {terms['learning_rate']:.2g}. Pass "
+                        "a config with a lower learning_rate."
+                    )
+                measured[key] = terms
+        self.step_number += 1
+        self.n_tokens_seen += len(x)
+        return measured
+
+    def finish(self) -> Bank:
+        """Fold the scales in and hand the dictionaries out, on the processor, ready for use."""
+        bank = {}
+        for hook_name, learners in self.learners.items():
+            for key, learner in learners.items():
+                dictionary = learner.dictionary.with_origin(n_tokens=self.n_tokens_seen)
+                dictionary.fold_scale(self.scales[hook_name].factor)
+                bank[key] = dictionary.requires_grad_(False).to("cpu")
+        return Bank(bank)
+
+    def _scale(self, hook_name: str, x: Float[Tensor, "n d_in"]) -> float:
+        scale = self.scales[hook_name]
+        if not np.isfinite(scale.update(x)):
+            raise ValueError(
+                f"The activations of {hook_name} at step {self.step_number} hold NaN or infinity. "
+                "The model overflowed (try dtype='float32') or the data is damaged."
+            )
+        if scale.norm_sum == 0:
+            raise ValueError(f"All activations of {hook_name} are zero. Is the hook ever used?")
+        return scale.factor
+
+    def _initialise(
+        self, hook_name: str, x: Float[Tensor, "n d_in"], variance: Float[Tensor, ""]
+    ) -> None:
+        # Rounding leaves a constant hook a variance of about the square of the last bit.
+        if variance <= 1e-10 * x.square().sum():
+            raise ValueError(
+                f"The activations of {hook_name} do not vary over the first {len(x)} rows, so "
+                "there is nothing to learn. Check that the hook point is not a constant (a bias, "
+                "a masked position) and that the batch has more than one row."
+            )
+        centre = geometric_median(x[:INITIAL_ROWS])
+        for (_, _, seed), learner in self.learners[hook_name].items():
+            generator = torch.Generator()
+            generator.manual_seed(_initial_seed(hook_name, learner.dictionary.d_sae, seed))
+            learner.dictionary.initialise(generator, centre)
+
+
+def _initial_seed(hook_name: str, d_sae: int, seed: int) -> int:
+    """A seed of its own for each dictionary, whatever else is in the bank."""
+    entropy = (zlib.crc32(hook_name.encode()), d_sae, seed)
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,100 @@
+"""One dictionary while it learns: its optimizer, its schedule and its dead latents."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saefeat.dictionaries.base import Dictionary, StepContext, peak_learning_rate
+from saefeat.kernels.dispatch import Kernels
+from saefeat.training.dead_latents import DeadLatents, patience_tokens
+from saefeat.training.schedules import learning_rate_factor
+
+
+class Scratch:
+    """Big matrices, made once: the page faults of a fresh one cost as much as filling it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._storage: dict[torch.dtype, Tensor] = {}
+
+    def __call__(self, n: int, width: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised matrix; its content lasts until the next call of that dtype."""
+        storage = self._storage.get(dtype)
+        if storage is None or storage.numel() < n * width:
+            storage = torch.empty(n * width, dtype=dtype, device=self.device)
+            self._storage[dtype] = storage
+        return storage[: n * width].view(n, width)
+
+
+class Learner:
+    """Makes the training steps of one dictionary on scaled activations."""
+
+    def __init__(
+        self,
+        dictionary: Dictionary,
+        *,
+        n_tokens: int,
+        n_steps: int,
+        kernels: Kernels,
+        selection_dtype: torch.dtype,
+        scratch: Callable[[int, int, torch.dtype], Tensor],
+    ) -> None:
+        config = dictionary.config
+        self.dictionary = dictionary
+        self.n_steps = n_steps
+        self.kernels = kernels
+        self.selection_dtype = selection_dtype
+        self.scratch = scratch
+        self.peak_learning_rate = peak_learning_rate(config, dictionary.d_sae)
+        self.optimizer = torch.optim.Adam(
+            dictionary.parameters(), lr=0.0, betas=config.adam_betas, fused=True
+        )
+        self.dead = DeadLatents(
+            dictionary.d_sae, patience_tokens(config, n_tokens), dictionary.W_dec.device
+        )
+
+    def step(
+        self, x: Float[Tensor, "n d_in"], variance: Float[Tensor, ""], step: int
+    ) -> dict[str, float]:
+        """Learn from one batch, `step` being its number from 0.
+
+        Returns:
+            The loss and its terms, L0, the share of dead latents and the learning rate.
+        """
+        dictionary, config = self.dictionary, self.dictionary.config
+        learning_rate = self.peak_learning_rate * learning_rate_factor(
+            step,
+            self.n_steps,
+            warmup_fraction=config.warmup_fraction,
+            decay_fraction=config.decay_fraction,
+        )
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        dead = self.dead.mask
+        n_dead = int(dead.sum())
+        loss = dictionary.training_loss(
+            x,
+            StepContext(
+                kernels=self.kernels,
+                selection_dtype=self.selection_dtype,
+                scratch=self.scratch,
+                progress=step / self.n_steps,
+                variance=variance,
+                dead=dead,
+                n_dead=n_dead,
+            ),
+        )
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        dictionary.drop_parallel_gradient()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        dictionary.normalise_decoder()
+        self.dead.update(loss.codes)
+        return {
+            "loss": float(loss.total.detach()),
+            **{name: float(term) for name, term in loss.terms.items()},
+            "l0": float((loss.codes.values > 0).sum() / len(x)),
+            "dead_fraction": n_dead / dictionary.d_sae,
+            "learning_rate": learning_rate,
+        }
