@@ -29,7 +29,7 @@ from saefeat.models import load_model
 HOOKS = "blocks.*.hook_resid_post"
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 (it is no error)
     """Raised at the deepest hook by the bare forward."""
 
 

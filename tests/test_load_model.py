@@ -67,7 +67,7 @@ def test_bad_names_each_give_one_clear_error(tmp_path: Path) -> None:
         load_model(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match="no model folder at"):
         load_model("./missing")
-    with pytest.raises(FileNotFoundError, match="config.json"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
         load_model(tmp_path)
     with pytest.raises(TypeError, match="hook_dict"):
         load_model(torch.nn.Linear(2, 2))
@@ -185,5 +185,3 @@ def test_a_folder_without_its_tokenizer_still_says_what_is_missing(tmp_path: Pat
         file.unlink()
     with pytest.raises((OSError, ValueError), match="tokenizer"):
         load_model(tmp_path)
-
-

@@ -53,7 +53,8 @@ def test_the_buffer_gives_each_row_once_and_keeps_hooks_aligned() -> None:
         buffer.add({"a": rows, "b": rows.double() * 2})
         added += n_added
         batch = buffer.take(n_taken, generator)
-        assert batch["a"].shape == (n_taken, 1) and batch["b"].dtype == torch.float64
+        assert batch["a"].shape == (n_taken, 1)
+        assert batch["b"].dtype == torch.float64
         assert torch.equal(batch["a"].double() * 2, batch["b"])
         taken += batch["a"].flatten().tolist()
     taken += buffer.take(buffer.size, generator)["a"].flatten().tolist()
@@ -70,7 +71,8 @@ def test_the_buffer_takes_uniformly() -> None:
         buffer.take(3, generator)
         counts.update(buffer.take(2, generator)["a"].flatten().int().tolist())
     # 800 of each are expected, with a standard deviation of 25.
-    assert len(counts) == 10 and all(abs(n - 800) < 125 for n in counts.values())
+    assert len(counts) == 10
+    assert all(abs(n - 800) < 125 for n in counts.values())
 
 
 def test_the_buffer_moves_rows_in_place_and_as_many_as_are_taken() -> None:
@@ -99,7 +101,8 @@ def test_an_epoch_gives_every_training_row_once() -> None:
     stream = ActivationStream.from_tensors({"a": numbered(1000)}, batch_size=64)
     train, held_out = numbers(stream), numbers(stream.held_out_batches())
     assert sorted(train + held_out) == list(range(1000))
-    assert len(held_out) == 100 and held_out == sorted(held_out)
+    assert len(held_out) == 100
+    assert held_out == sorted(held_out)
     sizes = [len(batch["a"]) for batch in stream]
     assert sizes == [64] * 14 + [4]
 
@@ -107,7 +110,8 @@ def test_an_epoch_gives_every_training_row_once() -> None:
 def test_rows_are_aligned_across_hooks() -> None:
     x = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
     stream = ActivationStream.from_tensors({"a": x, "b": x.double() * 2}, batch_size=64)
-    assert stream.hooks == ["a", "b"] and stream.widths == {"a": 8, "b": 8}
+    assert stream.hooks == ["a", "b"]
+    assert stream.widths == {"a": 8, "b": 8}
     for batches in (stream, stream.batches(2000), stream.held_out_batches(30)):
         for batch in batches:
             assert torch.equal(batch["b"], batch["a"].double() * 2)
@@ -127,9 +131,7 @@ def test_the_seed_decides_the_order() -> None:
 
 
 def test_batches_go_on_into_further_epochs_each_in_a_new_order() -> None:
-    stream = ActivationStream.from_tensors(
-        {"a": numbered(100)}, batch_size=32, held_out_fraction=0
-    )
+    stream = ActivationStream.from_tensors({"a": numbered(100)}, batch_size=32, held_out_fraction=0)
     batches = list(stream.batches(330))
     assert [len(batch["a"]) for batch in batches] == [32] * 10 + [10]
     assert stream.epochs_started == 4
@@ -153,11 +155,14 @@ def test_batches_are_ordinary_tensors_of_their_own() -> None:
     stream = ActivationStream.from_tensors({"a": x.bfloat16()}, batch_size=50)
     first, kept = None, None
     for batch in stream:
-        assert batch["a"].dtype == torch.bfloat16 and not batch["a"].requires_grad
+        assert batch["a"].dtype == torch.bfloat16
+        assert not batch["a"].requires_grad
         if first is None:
             first, kept = batch["a"], batch["a"].clone()
         batch["a"].requires_grad_().square().sum().backward()
-    assert first is not None and kept is not None and torch.equal(first, kept)
+    assert first is not None
+    assert kept is not None
+    assert torch.equal(first, kept)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +210,8 @@ def model_stream(model: Any, tokens: Any, **options: Any) -> ActivationStream:
 def test_a_model_stream_gives_what_read_activations_reads_shuffled(llama: Any) -> None:
     tokens = load_tokens(token_ids(40, 8), prepend_bos=True)
     stream = model_stream(llama, tokens)
-    assert stream.hooks == HOOKS and stream.widths == dict.fromkeys(HOOKS, WIDTH)
+    assert stream.hooks == HOOKS
+    assert stream.widths == dict.fromkeys(HOOKS, WIDTH)
     assert (stream.context_size, stream.prepend_bos, stream.model_name) == (8, True, "external")
     given = torch.cat([torch.cat([batch[hook] for hook in HOOKS], 1) for batch in stream])
     # A first position counts as BOS and is left out, but is read by the others.
@@ -285,7 +291,8 @@ def test_attention_sinks_are_left_out_at_every_hook_and_counted() -> None:
     assert stream.left_out.outlier_rows == 2
     assert stream.left_out.outliers == {hooks[0]: 2, hooks[1]: 0}
     list(stream.held_out_batches())
-    assert stream.left_out.outlier_rows == 1 and stream.left_out.positions_read == 32
+    assert stream.left_out.outlier_rows == 1
+    assert stream.left_out.positions_read == 32
     with_sinks = ActivationStream.from_model(model, tokens, hooks, max_norm_ratio=None, **options)
     assert sum(len(batch[hooks[0]]) for batch in with_sinks) == 36 * 8
 
@@ -361,9 +368,9 @@ def test_what_cannot_be_streamed_is_one_clear_error(llama: Any) -> None:
         model_stream(llama, tokens, buffer_rows=8)
     with pytest.raises(ValueError, match="max_norm_ratio=0"):
         model_stream(llama, tokens, max_norm_ratio=0.5)
+    padding = load_tokens(token_ids(10, 8), attention_mask=torch.zeros(10, 8, dtype=torch.long))
     with pytest.raises(ValueError, match="no position of the text counts"):
-        padding = torch.zeros(10, 8, dtype=torch.long)
-        model_stream(llama, load_tokens(token_ids(10, 8), attention_mask=padding))
+        model_stream(llama, padding)
     with pytest.raises(ValueError, match="flatten_heads"):
         ActivationStream.from_model(llama, tokens, "blocks.0.attn.hook_z")
 

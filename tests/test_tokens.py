@@ -37,7 +37,9 @@ def test_one_document_is_packed_behind_a_bos_in_each_context(tokenizer: Any) -> 
     assert tokens.ids.tolist() == expected, "11 tokens fill three contexts; two are left over"
     assert tokens.counts.tolist() == [[False, True, True, True]] * 3
     assert (tokens.context_size, tokens.n_contexts, tokens.n_counted) == (4, 3, 9)
-    assert tokens.prepend_bos and tokens.n_held_out == 0 and tokens.attention_mask is None
+    assert tokens.prepend_bos
+    assert tokens.n_held_out == 0
+    assert tokens.attention_mask is None
     assert tokens.tokenizer_name == tokenizer.name_or_path
 
 
@@ -156,14 +158,16 @@ def test_a_data_set_of_token_ids_needs_no_tokenizer() -> None:
     rows = [{"input_ids": [5, 6, 7]}, {"input_ids": [5, 6, 7]}]
     tokens = load_tokens(rows, context_size=3, held_out_fraction=0)
     assert tokens.ids.tolist() == [[5, 6, 7], [5, 6, 7]]
-    assert bool(tokens.counts.all()) and not tokens.prepend_bos
+    assert bool(tokens.counts.all())
+    assert not tokens.prepend_bos
 
 
 def test_a_tensor_is_taken_as_it_is_and_its_last_rows_are_held_out() -> None:
     ids = token_ids(20, 6)
     tokens = load_tokens(ids)
     assert torch.equal(tokens.ids, ids)
-    assert bool(tokens.counts.all()) and not tokens.prepend_bos
+    assert bool(tokens.counts.all())
+    assert not tokens.prepend_bos
     assert torch.equal(tokens.held_out.ids, ids[18:])
     assert torch.equal(tokens.train.ids, ids[:18])
     assert load_tokens(ids, max_tokens=20).n_contexts == 3
@@ -183,7 +187,8 @@ def test_padding_and_bos_of_a_tensor_do_not_count(tokenizer: Any) -> None:
         assert torch.equal(tokens.counts, expected)
         assert tokens.attention_mask is not None
         assert torch.equal(tokens.attention_mask, mask.bool())
-        assert tokens.prepend_bos and tokens.held_out.attention_mask is not None
+        assert tokens.prepend_bos
+        assert tokens.held_out.attention_mask is not None
     assert torch.equal(load_tokens(ids, attention_mask=mask).counts, mask.bool())
 
 
@@ -193,7 +198,8 @@ def test_a_tokenizer_without_bos_is_used_without_and_refused_where_one_is_demand
     bare = tiny_tokenizer()
     bare.bos_token = None
     tokens = load_tokens(documents(1, 8), bare, 4, held_out_fraction=0)
-    assert tokens.ids.tolist() == [[3] * 4] * 2 and not tokens.prepend_bos
+    assert tokens.ids.tolist() == [[3] * 4] * 2
+    assert not tokens.prepend_bos
     with pytest.raises(ValueError, match="neither"):
         load_tokens(documents(1, 8), bare, 4, prepend_bos=True)
 
@@ -204,7 +210,8 @@ def test_an_encoder_begins_with_cls_and_separates_by_sep() -> None:
     encoder = tiny_tokenizer()
     encoder.add_special_tokens({"cls_token": "w48", "sep_token": "w49"})
     tokens = load_tokens(documents(2, 3), encoder, 8, held_out_fraction=0)
-    assert tokens.ids[0, 0] == 48 and tokens.ids[0, 4] == 49
+    assert tokens.ids[0, 0] == 48
+    assert tokens.ids[0, 4] == 49
 
 
 @pytest.mark.parametrize(

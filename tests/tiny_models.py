@@ -102,8 +102,10 @@ def _hooked(model_class: str, options: dict[str, Any]) -> Any:
         warnings.simplefilter("ignore", DeprecationWarning)
         import transformer_lens
 
-        if not hasattr(transformer_lens, model_class):
-            pytest.skip(f"this TransformerLens has no {model_class} (it went in 4.0)")
+        try:
+            hooked_class = getattr(transformer_lens, model_class)
+        except ImportError as error:
+            pytest.skip(str(error))
         config = transformer_lens.HookedTransformerConfig(
             n_layers=N_LAYERS,
             d_model=WIDTH,
@@ -118,7 +120,7 @@ def _hooked(model_class: str, options: dict[str, Any]) -> Any:
             seed=0,
             **options,
         )
-        model = getattr(transformer_lens, model_class)(config).eval()
+        model = hooked_class(config).eval()
     if model_class == "HookedEncoder":
         # It leaves its weights as whatever the memory held.
         for weight in model.parameters():

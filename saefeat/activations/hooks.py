@@ -276,7 +276,7 @@ def replaced_activations(
         yield
 
 
-class _EveryHookRead(Exception):
+class _EveryHookRead(Exception):  # noqa: N818 (it is no error)
     """Ends a forward from inside its deepest hook. Nobody else may raise or catch it."""
 
 

@@ -57,6 +57,10 @@ class Tokens:
         """The contexts to measure on."""
         return self._part(slice(self.n_contexts - self.n_held_out, self.n_contexts))
 
+    def first(self, n_contexts: int) -> "Tokens":
+        """The first `n_contexts` contexts, or all if there are fewer; none of them held out."""
+        return self._part(slice(0, n_contexts))
+
     def _part(self, contexts: slice) -> "Tokens":
         mask = self.attention_mask
         return replace(

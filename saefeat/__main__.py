@@ -1,0 +1,5 @@
+"""`python -m saefeat` is the command `saefeat`."""
+
+from saefeat.cli import main
+
+main()

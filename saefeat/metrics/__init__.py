@@ -1,0 +1,23 @@
+"""Measures of dictionaries. One measure a file; each sums over batches and divides once."""
+
+from saefeat.metrics.fidelity import (
+    fraction_variance_unexplained,
+    normalized_mse,
+)
+from saefeat.metrics.loss_recovered import ce_loss_recovered
+from saefeat.metrics.sparsity import (
+    effective_features,
+    feature_density,
+    features_per_neuron,
+    l0,
+)
+
+__all__ = [
+    "ce_loss_recovered",
+    "effective_features",
+    "feature_density",
+    "features_per_neuron",
+    "fraction_variance_unexplained",
+    "l0",
+    "normalized_mse",
+]

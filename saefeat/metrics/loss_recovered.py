@@ -1,0 +1,126 @@
+"""How much of a language model's loss survives when a dictionary stands in for a layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saefeat.activations.hooks import replaced_activations
+from saefeat.activations.tokens import Tokens
+
+Replacement = Callable[[Tensor], Tensor]
+"""Gives rows `[n, d]` to put in the place of rows `[n, d]`."""
+
+
+def ce_loss_recovered(ce_clean: float, ce_spliced: float, ce_ablated: float) -> float:
+    """Share of the loss that ablation costs and the dictionary wins back.
+
+        (CE_ablated - CE_spliced) / (CE_ablated - CE_clean)
+
+    1 is as good as the model's own activations, 0 as bad as the ablation.
+
+    Raises:
+        ValueError: The ablation costs nothing, so there is nothing to recover.
+    """
+    if ce_ablated == ce_clean:
+        raise ValueError(
+            f"CE recovered is undefined: ablation leaves the loss at {ce_clean:.4f}. "
+            "Does the model use this hook at all?"
+        )
+    return (ce_ablated - ce_spliced) / (ce_ablated - ce_clean)
+
+
+class CrossEntropy:
+    """Mean next-token loss of a model on fixed contexts, its activations replaced or not.
+
+    Only positions that count are replaced, and of them only those within `max_norm_ratio` of the
+    median norm: what the dictionaries never saw in training (BOS, separators, attention sinks)
+    keeps its activation. Every position with a next token counts in the mean.
+
+    Args:
+        model: A TransformerLens model whose forward gives logits `[b, s, vocabulary]`.
+        tokens: The contexts.
+        max_norm_ratio: As in the stream that the dictionaries were trained on; None replaces
+            all positions that count.
+        contexts_per_forward: How many contexts run at once.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokens: Tokens,
+        *,
+        max_norm_ratio: float | None = 10.0,
+        contexts_per_forward: int = 8,
+    ) -> None:
+        self.model = model
+        self.tokens = tokens
+        self.max_norm_ratio = max_norm_ratio
+        self.contexts_per_forward = contexts_per_forward
+
+    def clean(self) -> float:
+        """The model as it is, in nats per token."""
+        loss_sum, n = 0.0, 0
+        for start in range(0, len(self.tokens.ids), self.contexts_per_forward):
+            batch = slice(start, start + self.contexts_per_forward)
+            sums = self._forward(batch)
+            loss_sum, n = loss_sum + sums[0], n + sums[1]
+        if n == 0:
+            raise ValueError("CE is undefined: no position has a next token.")
+        return loss_sum / n
+
+    def replaced(self, hook_name: str, replacement: Replacement) -> float:
+        """The loss with the activations of one hook replaced, in nats per token."""
+        loss_sum, n = 0.0, 0
+        for start in range(0, len(self.tokens.ids), self.contexts_per_forward):
+            batch = slice(start, start + self.contexts_per_forward)
+            counts = self.tokens.counts[batch]
+
+            def replace(
+                activations: Float[Tensor, "b s d"], counts: Bool[Tensor, "b s"] = counts
+            ) -> Float[Tensor, "b s d"]:
+                return self._replace(activations, counts.to(activations.device), replacement)
+
+            with replaced_activations(self.model, hook_name, replace):
+                sums = self._forward(batch)
+            loss_sum, n = loss_sum + sums[0], n + sums[1]
+        return loss_sum / n
+
+    def _replace(
+        self,
+        activations: Float[Tensor, "b s d"],
+        counts: Bool[Tensor, "b s"],
+        replacement: Replacement,
+    ) -> Float[Tensor, "b s d"]:
+        chosen = counts
+        if self.max_norm_ratio is not None:
+            norms = activations.float().norm(dim=-1)
+            chosen = counts & (norms <= self.max_norm_ratio * norms[counts].median())
+        out = activations.clone()
+        out[chosen] = replacement(activations[chosen]).to(activations.dtype)
+        return out
+
+    @torch.no_grad()
+    def _forward(self, batch: slice) -> tuple[float, int]:
+        ids = self.tokens.ids[batch].long()
+        mask = None if self.tokens.attention_mask is None else self.tokens.attention_mask[batch]
+        options = {} if mask is None else {"attention_mask": mask}
+        logits = self.model(ids, return_type="logits", **options)
+        return next_token_loss(logits, ids, mask)
+
+
+def next_token_loss(
+    logits: Float[Tensor, "b s v"],
+    ids: Int[Tensor, "b s"],
+    mask: Bool[Tensor, "b s"] | None = None,
+) -> tuple[float, int]:
+    """Summed cross-entropy of each next token in nats, in float32, and how many there were."""
+    targets = ids[:, 1:].to(logits.device)
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none"
+    )
+    if mask is not None:
+        losses = losses[(mask[:, 1:] & mask[:, :-1]).flatten().to(losses.device)]
+    return float(losses.sum(dtype=torch.float64)), losses.numel()

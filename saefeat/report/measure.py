@@ -1,0 +1,196 @@
+"""`measure`: what the dictionaries of a bank do on tokens that training never saw."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import saefeat
+from saefeat.activations.stream import ActivationStream
+from saefeat.dictionaries.base import Dictionary
+from saefeat.metrics.fidelity import FidelitySums
+from saefeat.metrics.loss_recovered import CrossEntropy, ce_loss_recovered
+from saefeat.metrics.sparsity import SparsityCounts, features_per_neuron
+from saefeat.report.record import QUANTILES, Layer, Report, Row, layer_number
+from saefeat.training.bank import Bank, Key
+
+
+def measure(
+    bank: Bank,
+    stream: ActivationStream,
+    *,
+    n_tokens: int = 100_000,
+    model: Any = None,
+    ce_tokens: int = 4096,
+    ablation: str = "zero",
+) -> Report:
+    """Measure every dictionary on the same held-out tokens.
+
+    Args:
+        bank: The dictionaries.
+        stream: The stream that they were trained on, or another with the same hooks; only its
+            held-out part is read.
+        n_tokens: Rows to measure on; fewer if fewer were held out. A latent is alive if it
+            fires on any of them, so compare reports of equal `n_tokens` only.
+        model: The language model, for the cross-entropy loss recovered; None leaves it out.
+        ce_tokens: Held-out tokens for that, each of which the model reads in full
+            once for each dictionary, once for each hook, and once clean.
+        ablation: What a hook's activations are replaced by for the loss that a dictionary
+            recovers from: "zero", or "mean" for their mean over the held-out tokens.
+
+    Returns:
+        A report with a row for each dictionary, in the order of the bank.
+
+    Raises:
+        KeyError: The stream lacks a hook of the bank.
+        ValueError: An option is out of range, nothing was held out, or a measure is undefined.
+    """
+    if n_tokens < 2 or ce_tokens < 1 or ablation not in ("zero", "mean"):
+        raise ValueError(
+            "n_tokens must be at least 2, ce_tokens at least 1 and ablation 'zero' or 'mean', "
+            f"got {n_tokens}, {ce_tokens} and {ablation!r}."
+        )
+    missing = [hook_name for hook_name in bank.hooks if hook_name not in stream.hooks]
+    if missing:
+        raise KeyError(
+            f"The stream has no hook {missing[0]!r}, which the bank has dictionaries of; it has "
+            f"{', '.join(stream.hooks)}. Make the stream with hooks=bank.hooks."
+        )
+    sparsity = {key: SparsityCounts(one.W_dec.detach().norm(dim=1)) for key, one in bank.items()}
+    fidelity = {key: FidelitySums() for key in bank}
+    row_sums = {name: torch.zeros(stream.widths[name], dtype=torch.float64) for name in bank.hooks}
+    n_seen = 0
+    for batch in stream.held_out_batches(n_tokens):
+        n_seen += len(next(iter(batch.values())))
+        for hook_name in bank.hooks:
+            x = batch[hook_name].cpu().float()
+            row_sums[hook_name] += x.double().sum(0)
+            for key, dictionary in bank.items():
+                if key[0] == hook_name:
+                    codes = dictionary.encode(x)
+                    sparsity[key].update(codes)
+                    fidelity[key].update(x, dictionary.decode(codes))
+    losses: dict[Key, dict[str, float]] = {}
+    cross_entropy = None
+    if model is not None:
+        means = {name: (total / n_seen).float() for name, total in row_sums.items()}
+        losses, cross_entropy = _losses(bank, stream, model, ce_tokens, ablation, means)
+    rows = [
+        _row(key, dictionary, sparsity[key], fidelity[key], losses.get(key, {}))
+        for key, dictionary in bank.items()
+    ]
+    return Report(
+        saefeat_version=saefeat.__version__,
+        model=stream.model_name,
+        n_tokens=n_seen,
+        rows=rows,
+        layers=[_layer(hook_name, rows, sparsity) for hook_name in bank.hooks],
+        left_out=asdict(stream.left_out),
+        cross_entropy=cross_entropy,
+        densities={
+            f"{name}/x{factor:g}-seed{seed}": counts.density.float()
+            for (name, factor, seed), counts in sparsity.items()
+        },
+    )
+
+
+def _losses(
+    bank: Bank,
+    stream: ActivationStream,
+    model: Any,
+    ce_tokens: int,
+    ablation: str,
+    means: Mapping[str, Tensor],
+) -> tuple[dict[Key, dict[str, float]], dict[str, Any]]:
+    tokens = stream.held_out_tokens
+    if tokens is None:
+        raise ValueError(
+            "The loss recovered needs held-out tokens, and this stream has none (it was made "
+            "from tensors, or nothing was held out). Leave model=None."
+        )
+    n_contexts = max(1, ce_tokens // tokens.context_size)
+    evaluation = CrossEntropy(model, tokens.first(n_contexts))
+    clean = evaluation.clean()
+    losses: dict[Key, dict[str, float]] = {}
+    for hook_name in bank.hooks:
+        mean = means[hook_name] if ablation == "mean" else torch.zeros_like(means[hook_name])
+        ablated = evaluation.replaced(hook_name, lambda x, mean=mean: mean.expand_as(x))
+        for key, dictionary in bank.items():
+            if key[0] == hook_name:
+                spliced = evaluation.replaced(hook_name, _on_processor(dictionary))
+                losses[key] = {
+                    "ce_loss_spliced": spliced,
+                    "ce_loss_ablated": ablated,
+                    "ce_loss_recovered": ce_loss_recovered(clean, spliced, ablated),
+                }
+    facts = {"clean": clean, "ablation": ablation, "n_tokens": evaluation.tokens.ids.numel()}
+    return losses, facts
+
+
+def _on_processor(dictionary: Dictionary) -> Any:
+    return lambda x: dictionary(x.cpu().float()).to(x.device)
+
+
+def _row(
+    key: Key,
+    dictionary: Dictionary,
+    sparsity: SparsityCounts,
+    fidelity: FidelitySums,
+    losses: Mapping[str, float],
+) -> Row:
+    hook_name, expansion_factor, seed = key
+    density = sparsity.density
+    alive = density[density > 0]
+    return Row(
+        hook_name=hook_name,
+        layer=layer_number(hook_name),
+        architecture=dictionary.architecture,
+        d_in=dictionary.d_in,
+        n_neurons=dictionary.d_in,
+        d_sae=dictionary.d_sae,
+        expansion_factor=expansion_factor,
+        seed=seed,
+        l0=sparsity.l0,
+        n_alive=sparsity.n_alive,
+        dead_fraction=1 - sparsity.n_alive / dictionary.d_sae,
+        n_ultralow=sparsity.n_ultralow,
+        features_per_neuron=features_per_neuron(sparsity.n_alive, dictionary.d_in),
+        effective_features=sparsity.effective_features,
+        fvu=fidelity.fvu,
+        explained_variance=1 - fidelity.fvu,
+        normalized_mse=fidelity.normalized_mse,
+        ce_loss_spliced=losses.get("ce_loss_spliced"),
+        ce_loss_ablated=losses.get("ce_loss_ablated"),
+        ce_loss_recovered=losses.get("ce_loss_recovered"),
+        density_quantiles={
+            str(q): float(alive.log10().quantile(q)) for q in QUANTILES if len(alive)
+        },
+    )
+
+
+def _layer(hook_name: str, rows: list[Row], sparsity: Mapping[Key, SparsityCounts]) -> Layer:
+    own = [row for row in rows if row.hook_name == hook_name]
+    alive = torch.tensor([float(row.n_alive) for row in own])
+    estimate = float(alive.median())
+    n_neurons = own[0].n_neurons
+    loads = [
+        float(torch.special.entr(counts.density).sum()) / n_neurons
+        for key, counts in sparsity.items()
+        if key[0] == hook_name
+    ]
+    return Layer(
+        hook_name=hook_name,
+        n_neurons=n_neurons,
+        n_features={
+            "estimate": estimate,
+            "low": float(alive.min()),
+            "high": float(alive.max()),
+            "method": "alive latents, the range over widths and seeds; not calibrated",
+        },
+        features_per_neuron=features_per_neuron(estimate, n_neurons),
+        coverage=None,
+        load=float(torch.tensor(loads).median()),
+        identifiable=None,
+    )

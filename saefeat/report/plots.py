@@ -1,0 +1,59 @@
+"""Pictures of a report. Every function returns a matplotlib figure and touches no global state."""
+
+import io
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from saefeat.report.record import Report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def density_histograms(report: Report) -> "Figure":
+    """Histograms of log10 density, a panel for each hook, a line for each dictionary.
+
+    Latents that never fired have no logarithm; the panel states how many they are.
+    """
+    from matplotlib.figure import Figure
+
+    hooks = list(dict.fromkeys(row.hook_name for row in report.rows))
+    n_columns = min(3, len(hooks))
+    n_rows = math.ceil(len(hooks) / n_columns)
+    figure = Figure(figsize=(4 * n_columns, 2.6 * n_rows), layout="constrained")
+    axes = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True)
+    lowest = math.log10(1 / max(report.n_tokens, 10))
+    bins = np.linspace(lowest, 0, 40)
+    for panel, hook_name in zip(axes.flat, hooks, strict=False):
+        dead = []
+        for name, density in report.densities.items():
+            if name.rsplit("/", 1)[0] != hook_name:
+                continue
+            alive = density[density > 0].log10().numpy()
+            dead.append(f"{len(density) - len(alive)} of {len(density):,}")
+            panel.hist(alive, bins=bins, histtype="step", label=name.rsplit("/", 1)[1])
+        panel.set_title(hook_name, fontsize=10)
+        panel.set_xlabel("log10 density")
+        panel.set_ylabel("latents")
+        panel.tick_params(labelbottom=True)
+        note = "never fired: " + (", ".join(dead) if len(dead) <= 2 else f"{len(dead)} counts")
+        panel.text(0.03, 0.95, note, transform=panel.transAxes, va="top", fontsize=8)
+        if len(dead) > 1:
+            panel.legend(fontsize=7, loc="upper right")
+    for panel in axes.flat[len(hooks) :]:
+        panel.set_visible(False)
+    figure.suptitle(
+        f"How often latents fire: {report.model or 'activations'}, "
+        f"{report.n_tokens:,} held-out tokens",
+        fontsize=11,
+    )
+    return figure
+
+
+def png_bytes(figure: "Figure", dots_per_inch: int = 120) -> bytes:
+    """The figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dots_per_inch)
+    return buffer.getvalue()

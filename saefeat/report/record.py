@@ -1,0 +1,175 @@
+"""What a measurement found: one row a dictionary, one summary a layer, and their files."""
+
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from saefeat.core.files import (
+    claim_folder,
+    read_json,
+    read_tensors,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+"""Quantiles of log10 density that a row reports, over the latents that fired."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One dictionary."""
+
+    hook_name: str
+    layer: int | None
+    """The first number in the hook's name."""
+    architecture: str
+    d_in: int
+    n_neurons: int
+    """Coordinates of the activations, which a feature can be a direction among."""
+    d_sae: int
+    expansion_factor: float
+    seed: int
+    l0: float
+    """Mean number of latents on for a token."""
+    n_alive: int
+    """Latents that fired on at least one of the report's `n_tokens`."""
+    dead_fraction: float
+    """Share of latents that did not."""
+    n_ultralow: int
+    """Latents that fired, but in less than 1e-5 of the tokens."""
+    features_per_neuron: float
+    """`n_alive / n_neurons`: grows with the width, so compare equal widths only."""
+    effective_features: float
+    """Exponential of the entropy of contributions; see `metrics.effective_features`."""
+    fvu: float
+    explained_variance: float
+    normalized_mse: float
+    ce_loss_spliced: float | None
+    """Loss of the model with this dictionary in the hook's place, in nats per token."""
+    ce_loss_ablated: float | None
+    """Loss with the hook ablated."""
+    ce_loss_recovered: float | None
+    """None where no model was given."""
+    density_quantiles: dict[str, float]
+    """Quantiles of log10 density over the latents that fired."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One hook, over the widths and seeds of its dictionaries."""
+
+    hook_name: str
+    n_neurons: int
+    n_features: dict[str, Any]
+    """`estimate`, `low`, `high` and the `method` that gave them."""
+    features_per_neuron: float
+    coverage: float | None
+    """Share of the features that were found; None where the method cannot tell."""
+    load: float
+    """Sum over latents of p ln(1/p), per neuron, p being the density."""
+    identifiable: bool | None
+    """Whether the features can be told apart at this load; None where the method cannot tell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Measurements of a bank on held-out tokens. `print` it, or `save` it."""
+
+    saefeat_version: str
+    model: str | None
+    n_tokens: int
+    """Held-out rows that everything but the loss was measured on."""
+    rows: list[Row]
+    layers: list[Layer]
+    left_out: dict[str, Any] = field(default_factory=dict)
+    """Positions that were read and gave no row, by reason."""
+    cross_entropy: dict[str, Any] | None = None
+    """`clean` loss in nats per token, the `ablation`, and the `n_tokens` it was measured on."""
+    densities: dict[str, Tensor] = field(default_factory=dict)
+    """Density of every latent [d_sae], by `<hook_name>/x<expansion_factor>-seed<seed>`."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.model or 'activations'}: {self.n_tokens:,} held-out tokens"]
+        header = (
+            f"{'hook':<28} {'latents':>8} {'seed':>4} {'alive':>7} {'per neuron':>10} "
+            f"{'eff.':>7} {'L0':>6} {'FVU':>6} {'CE rec.':>7} {'log10 density (5/50/95 %)':>26}"
+        )
+        lines += [header, "-" * len(header)]
+        for row in self.rows:
+            recovered = row.ce_loss_recovered
+            spread = [row.density_quantiles.get(str(q)) for q in (0.05, 0.5, 0.95)]
+            density = " / ".join("–" if value is None else f"{value:.1f}" for value in spread)
+            lines.append(
+                f"{row.hook_name:<28} {row.d_sae:>8,} {row.seed:>4} {row.n_alive:>7,} "
+                f"{row.features_per_neuron:>10.2f} {row.effective_features:>7,.0f} {row.l0:>6.1f} "
+                f"{row.fvu:>6.3f} {'–' if recovered is None else f'{recovered:.3f}':>7} "
+                f"{density:>26}"
+            )
+        lines.append(
+            "alive: fired at least once on these tokens; per neuron: alive / neurons of the layer; "
+            "eff.: effective features."
+        )
+        if self.cross_entropy:
+            lines.append(
+                "CE rec.: loss recovered from {ablation} ablation, clean loss {clean:.3f} nats, "
+                "on {n_tokens:,} held-out tokens.".format(**self.cross_entropy)
+            )
+        if self.left_out.get("outlier_rows"):
+            lines.append(
+                f"{self.left_out['outlier_rows']} of {self.left_out['positions_read']:,} positions "
+                "were left out as attention sinks (norm far above the median)."
+            )
+        return "\n".join(lines)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `report.json`, `features.safetensors` and `density.png` into a new folder.
+
+        Raises:
+            FileExistsError: The folder already holds files.
+        """
+        from saefeat.report.plots import density_histograms, png_bytes
+
+        folder = claim_folder(folder, what="report")
+        write_tensors(folder / "features.safetensors", self.densities)
+        write_bytes(folder / "density.png", png_bytes(density_histograms(self)))
+        facts = {
+            name: value for name, value in vars(self).items() if name not in ("rows", "densities")
+        }
+        facts["layers"] = [asdict(layer) for layer in self.layers]
+        facts["rows"] = [asdict(row) for row in self.rows]
+        # Last, so that a folder with a report.json is a whole one.
+        write_json(folder / "report.json", facts)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Report":
+        """Read a report that `save` wrote.
+
+        Raises:
+            FileNotFoundError: The folder holds no report.
+            ValueError: A file is damaged, or of another version.
+        """
+        folder = Path(folder)
+        if not (folder / "report.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no report: report.json is missing.")
+        facts = read_json(folder / "report.json")
+        try:
+            rows = [Row(**row) for row in facts.pop("rows")]
+            layers = [Layer(**layer) for layer in facts.pop("layers")]
+            densities = read_tensors(folder / "features.safetensors")
+            return cls(rows=rows, layers=layers, densities=densities, **facts)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{folder / 'report.json'} is not a report of this version ({error})."
+            ) from error
+
+
+def layer_number(hook_name: str) -> int | None:
+    """The first number in a hook's name: 3 for "blocks.3.hook_resid_post"."""
+    found = re.search(r"\d+", hook_name)
+    return int(found.group()) if found else None
