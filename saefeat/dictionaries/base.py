@@ -188,8 +188,8 @@ class Dictionary(nn.Module, ABC):
         divided by `scale`, and neither ReLU nor a ranking minds the factor. Both weight
         matrices stay as they are.
         """
-        self.b_enc /= scale
-        self.b_dec /= scale
+        self.b_enc.div_(scale)
+        self.b_dec.div_(scale)
 
     @torch.no_grad()
     def drop_parallel_gradient(self) -> None:
@@ -202,7 +202,7 @@ class Dictionary(nn.Module, ABC):
     @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Bring decoder rows back to length 1, as rounding and Adam's scaling move them."""
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
 
     @property
     def sae_lens_fields(self) -> dict[str, object]:

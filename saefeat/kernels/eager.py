@@ -5,7 +5,6 @@ backends are tested against it. A codes matrix C and the three products below ar
 forward and backward pass of a sparse dictionary need.
 """
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -40,8 +39,6 @@ def transposed_product(
     return out.index_add_(0, pattern.latents, values[:, None] * rows[pattern.rows])
 
 
-def latent_sums(
-    pattern: SparsityPattern, values: Float[Tensor, " nnz"]
-) -> Float[Tensor, " d_sae"]:
+def latent_sums(pattern: SparsityPattern, values: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
     """The column sums of C."""
     return values.new_zeros(pattern.d_sae).index_add_(0, pattern.latents, values)

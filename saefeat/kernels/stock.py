@@ -8,9 +8,9 @@ import warnings
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from saefeat.kernels import eager
 from saefeat.kernels.codes import SparsityPattern
@@ -46,14 +46,15 @@ def sampled_product(
         size=(pattern.n_rows, pattern.d_sae),
         check_invariants=False,
     )
-    return torch.sparse.sampled_addmm(mask, left, right.T, beta=0.0).values()
+    products: Tensor = torch.sparse.sampled_addmm(mask, left, right.T, beta=0.0)
+    return products.values()
 
 
 def product(
     pattern: SparsityPattern, values: Float[Tensor, " nnz"], weight: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, "n d"]:
     """See `eager.product`."""
-    return F.embedding_bag(
+    return embedding_bag(
         pattern.latents,
         weight,
         pattern.offsets,
@@ -68,7 +69,7 @@ def transposed_product(
 ) -> Float[Tensor, "d_sae d"]:
     """See `eager.transposed_product`."""
     offsets, order = pattern.by_latent
-    return F.embedding_bag(
+    return embedding_bag(
         pattern.rows[order],
         rows,
         offsets,

@@ -22,9 +22,7 @@ def fraction_variance_unexplained(
     return torch.tensor(sums.fvu, dtype=target.dtype, device=target.device)
 
 
-def normalized_mse(
-    target: Float[Tensor, "n d"], recon: Float[Tensor, "n d"]
-) -> Float[Tensor, ""]:
+def normalized_mse(target: Float[Tensor, "n d"], recon: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
     """Mean over rows of the squared error as a share of the row's squared norm.
 
         NMSE = mean_i |target_i - recon_i|^2 / |target_i|^2

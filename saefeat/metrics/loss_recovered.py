@@ -1,6 +1,8 @@
 """How much of a language model's loss survives when a dictionary stands in for a layer."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from saefeat.activations.hooks import replaced_activations
 from saefeat.activations.tokens import Tokens
 
 Replacement = Callable[[Tensor], Tensor]
-"""Gives rows `[n, d]` to put in the place of rows `[n, d]`."""
+"""Gives rows `[n, d]` to put in the place of rows `[n, d]`, float32 and on the processor."""
 
 
 def ce_loss_recovered(ce_clean: float, ce_spliced: float, ce_ablated: float) -> float:
@@ -62,31 +64,27 @@ class CrossEntropy:
 
     def clean(self) -> float:
         """The model as it is, in nats per token."""
-        loss_sum, n = 0.0, 0
-        for start in range(0, len(self.tokens.ids), self.contexts_per_forward):
-            batch = slice(start, start + self.contexts_per_forward)
-            sums = self._forward(batch)
-            loss_sum, n = loss_sum + sums[0], n + sums[1]
-        if n == 0:
-            raise ValueError("CE is undefined: no position has a next token.")
-        return loss_sum / n
+        return self._mean(lambda counts: nullcontext())
 
     def replaced(self, hook_name: str, replacement: Replacement) -> float:
         """The loss with the activations of one hook replaced, in nats per token."""
-        loss_sum, n = 0.0, 0
-        for start in range(0, len(self.tokens.ids), self.contexts_per_forward):
+
+        def splice(counts: Bool[Tensor, "b s"]) -> AbstractContextManager[None]:
+            replace = partial(self._replace, counts=counts, replacement=replacement)
+            return replaced_activations(self.model, hook_name, replace)
+
+        return self._mean(splice)
+
+    def _mean(self, splice: Callable[[Tensor], AbstractContextManager[None]]) -> float:
+        loss_sum, n_losses = 0.0, 0
+        for start in range(0, self.tokens.n_contexts, self.contexts_per_forward):
             batch = slice(start, start + self.contexts_per_forward)
-            counts = self.tokens.counts[batch]
-
-            def replace(
-                activations: Float[Tensor, "b s d"], counts: Bool[Tensor, "b s"] = counts
-            ) -> Float[Tensor, "b s d"]:
-                return self._replace(activations, counts.to(activations.device), replacement)
-
-            with replaced_activations(self.model, hook_name, replace):
-                sums = self._forward(batch)
-            loss_sum, n = loss_sum + sums[0], n + sums[1]
-        return loss_sum / n
+            with splice(self.tokens.counts[batch]):
+                batch_sum, n_batch = self._forward(batch)
+            loss_sum, n_losses = loss_sum + batch_sum, n_losses + n_batch
+        if n_losses == 0:
+            raise ValueError("CE is undefined: no position has a next token.")
+        return loss_sum / n_losses
 
     def _replace(
         self,
@@ -94,12 +92,12 @@ class CrossEntropy:
         counts: Bool[Tensor, "b s"],
         replacement: Replacement,
     ) -> Float[Tensor, "b s d"]:
-        chosen = counts
+        chosen = counts.to(activations.device)
         if self.max_norm_ratio is not None:
             norms = activations.float().norm(dim=-1)
-            chosen = counts & (norms <= self.max_norm_ratio * norms[counts].median())
+            chosen = chosen & (norms <= self.max_norm_ratio * norms[chosen].median())
         out = activations.clone()
-        out[chosen] = replacement(activations[chosen]).to(activations.dtype)
+        out[chosen] = replacement(activations[chosen].cpu().float()).to(activations)
         return out
 
     @torch.no_grad()

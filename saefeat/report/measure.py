@@ -116,10 +116,10 @@ def _losses(
     losses: dict[Key, dict[str, float]] = {}
     for hook_name in bank.hooks:
         mean = means[hook_name] if ablation == "mean" else torch.zeros_like(means[hook_name])
-        ablated = evaluation.replaced(hook_name, lambda x, mean=mean: mean.expand_as(x))
+        ablated = evaluation.replaced(hook_name, mean.expand_as)
         for key, dictionary in bank.items():
             if key[0] == hook_name:
-                spliced = evaluation.replaced(hook_name, _on_processor(dictionary))
+                spliced = evaluation.replaced(hook_name, dictionary)
                 losses[key] = {
                     "ce_loss_spliced": spliced,
                     "ce_loss_ablated": ablated,
@@ -127,10 +127,6 @@ def _losses(
                 }
     facts = {"clean": clean, "ablation": ablation, "n_tokens": evaluation.tokens.ids.numel()}
     return losses, facts
-
-
-def _on_processor(dictionary: Dictionary) -> Any:
-    return lambda x: dictionary(x.cpu().float()).to(x.device)
 
 
 def _row(

@@ -85,7 +85,7 @@ class Learner:
                 n_dead=n_dead,
             ),
         )
-        loss.total.backward()  # type: ignore[no-untyped-call]
+        loss.total.backward()
         dictionary.drop_parallel_gradient()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

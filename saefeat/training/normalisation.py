@@ -1,5 +1,7 @@
 """What a trainer has to know of a hook's activations before it can learn from them."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -32,7 +34,7 @@ class ActivationScale:
     @property
     def factor(self) -> float:
         """sqrt(d_in) over the mean norm."""
-        return self.d_in**0.5 * self.n_rows / self.norm_sum
+        return math.sqrt(self.d_in) * self.n_rows / self.norm_sum
 
 
 def geometric_median(
