@@ -1,4 +1,4 @@
-"""A first dictionary: activations of your own, no language model, half a minute on two cores.
+"""A first dictionary: activations of your own, no language model, a few seconds.
 
 Run: python examples/01_first_sae.py
 """

@@ -44,7 +44,7 @@ def test_training_explains_data_that_two_latents_a_token_generate(stream):
     for hook_name in ("a", "b"):
         x = next(stream.held_out_batches(2_000))[hook_name]
         fvu = sf.metrics.fraction_variance_unexplained(x, bank[hook_name, 2, 0](x))
-        assert fvu < 0.1
+        assert fvu < 0.15
 
 
 def test_decoder_rows_end_at_length_one(stream):

@@ -1,14 +1,27 @@
 """The auxiliary loss that brings dead latents back (AuxK, Gao et al. 2024, arXiv:2406.04093)."""
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saefeat.dictionaries.base import Dictionary, StepContext
+from saefeat.dictionaries.base import Dictionary, DictionaryConfig, StepContext
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuxiliaryConfig(DictionaryConfig):
+    """The recipe of the kinds that rank latents, whose dead ones the auxiliary loss revives."""
+
+    auxiliary_weight: float = 1 / 32
+    """Weight of the auxiliary loss that revives dead latents, beside a main loss of 1."""
+    auxiliary_k: int | None = None
+    """Dead latents that take part in the auxiliary loss for each token. None: d_in / 2."""
 
 
 def auxiliary_loss(
     dictionary: Dictionary,
+    auxiliary_k: int | None,
     x: Float[Tensor, "n d_in"],
     residual: Float[Tensor, "n d_in"],
     context: StepContext,
@@ -28,7 +41,7 @@ def auxiliary_loss(
     dead = context.dead.nonzero().squeeze(1)
     centred = x[:n_rows] - dictionary.b_dec.detach()
     scores = centred @ dictionary.encoder[dead].T + dictionary.b_enc[dead]
-    k = dictionary.config.auxiliary_k or max(1, dictionary.d_in // 2)
+    k = auxiliary_k or max(1, dictionary.d_in // 2)
     if len(dead) > k:
         floor = scores.detach().kthvalue(len(dead) - k + 1, dim=1, keepdim=True).values
         scores = scores * (scores >= floor)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saefeat.kernels import stock
@@ -31,10 +31,6 @@ class DictionaryConfig:
     """Share of the steps over which the learning rate falls to 0 at the end."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """Decay of Adam's running means of the gradient and of its square."""
-    auxiliary_weight: float = 1 / 32
-    """Weight of the auxiliary loss that revives dead latents, beside a main loss of 1."""
-    auxiliary_k: int | None = None
-    """Dead latents that take part in the auxiliary loss for each token. None: d_in / 2."""
     dead_after_tokens: int | None = None
     """Tokens without firing after which a latent counts as dead during training.
     None: 10 million, or a twentieth of a run that is shorter than 200 million tokens."""
@@ -90,6 +86,8 @@ class StepLoss:
     """Detached 0-d parts of it by name, for the log."""
     codes: Codes
     """The codes of the batch, for counting which latents fired."""
+    residual: Float[Tensor, "n d_in"]
+    """What the reconstruction left over, detached, for restarting dead latents at it."""
 
 
 class Dictionary(nn.Module, ABC):
@@ -108,6 +106,8 @@ class Dictionary(nn.Module, ABC):
     """Its name in files and reports."""
     config_type: ClassVar[type[DictionaryConfig]]
     """The config that makes one."""
+    restarts_dead_latents: ClassVar[bool] = True
+    """Whether training points dead latents at what is badly reconstructed (`restart`)."""
 
     def __init__(
         self, config: DictionaryConfig, d_in: int, d_sae: int, origin: Origin | None = None
@@ -181,6 +181,20 @@ class Dictionary(nn.Module, ABC):
         """The loss of one batch of scaled activations, ready for `backward`."""
 
     @torch.no_grad()
+    def restart(self, latents: Int[Tensor, " m"], directions: Float[Tensor, "m d_in"]) -> None:
+        """Begin latents anew at unit `directions`, with encoders weak enough not to disturb.
+
+        Bricken et al. 2023, appendix on neuron resampling: the encoder row gets a fifth of the
+        mean length of the others.
+        """
+        others = torch.ones(self.d_sae, dtype=torch.bool, device=latents.device)
+        others[latents] = False
+        length = self.encoder[others].norm(dim=1).mean() if others.any() else 1.0
+        self.W_dec[latents] = directions
+        self.encoder[latents] = 0.2 * length * directions
+        self.b_enc[latents] = 0.0
+
+    @torch.no_grad()
     def fold_scale(self, scale: float) -> None:
         """Turn a dictionary of `scale * x` into the one of `x` with the same latents.
 
@@ -205,9 +219,30 @@ class Dictionary(nn.Module, ABC):
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
 
     @property
+    def sae_lens_architecture(self) -> str:
+        """The architecture that its files name, for SAELens to open it as."""
+        return self.architecture
+
+    @property
     def sae_lens_fields(self) -> dict[str, object]:
         """Keys that SAELens wants in `cfg.json` for this kind, beyond those of all kinds."""
         return {}
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """Its weights by SAELens's names."""
+        return {
+            "W_enc": self.W_enc,
+            "b_enc": self.b_enc,
+            "W_dec": self.W_dec,
+            "b_dec": self.b_dec,
+        }
+
+    @torch.no_grad()
+    def fill(self, tensors: dict[str, Tensor]) -> None:
+        """Take over weights by SAELens's names; `file_tensors` says which there must be."""
+        for name, own in self.file_tensors().items():
+            if name in tensors:
+                own.copy_(tensors[name])
 
     def save(self, folder: str | Path) -> Path:
         """Write the dictionary as a folder that SAELens opens too; see `sae_lens.save`."""

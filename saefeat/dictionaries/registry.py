@@ -1,9 +1,14 @@
 """Every kind of dictionary there is. A new kind is one new file and one line here."""
 
 from saefeat.dictionaries.base import Dictionary, DictionaryConfig
+from saefeat.dictionaries.batch_topk import BatchTopK
+from saefeat.dictionaries.gated import Gated
+from saefeat.dictionaries.jump_relu import JumpReLU
+from saefeat.dictionaries.matryoshka import Matryoshka
+from saefeat.dictionaries.standard import Standard
 from saefeat.dictionaries.topk import TopK
 
-KINDS: tuple[type[Dictionary], ...] = (TopK,)
+KINDS: tuple[type[Dictionary], ...] = (Standard, Gated, TopK, BatchTopK, JumpReLU, Matryoshka)
 
 ARCHITECTURES: dict[str, type[Dictionary]] = {kind.architecture: kind for kind in KINDS}
 

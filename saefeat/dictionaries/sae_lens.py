@@ -18,7 +18,7 @@ from saefeat.core.files import (
     write_json,
     write_tensors,
 )
-from saefeat.dictionaries.base import Dictionary, DictionaryConfig, Origin
+from saefeat.dictionaries.base import Dictionary, Origin
 from saefeat.dictionaries.registry import ARCHITECTURES
 
 LAYOUT_VERSION = "6.54.12"
@@ -37,12 +37,7 @@ def save(dictionary: Dictionary, folder: Path) -> Path:
         FileExistsError: The folder already holds files.
         ValueError: A weight is not finite.
     """
-    tensors = {
-        "W_enc": dictionary.W_enc.detach().contiguous(),
-        "b_enc": dictionary.b_enc.detach(),
-        "W_dec": dictionary.W_dec.detach(),
-        "b_dec": dictionary.b_dec.detach(),
-    }
+    tensors = dictionary.file_tensors()
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(
@@ -53,7 +48,11 @@ def save(dictionary: Dictionary, folder: Path) -> Path:
     write_tensors(folder / "sae_weights.safetensors", tensors)
     write_json(
         folder / "saefeat.json",
-        {"config": asdict(dictionary.config), "origin": asdict(dictionary.origin)},
+        {
+            "architecture": dictionary.architecture,
+            "config": asdict(dictionary.config),
+            "origin": asdict(dictionary.origin),
+        },
     )
     # Last, so that a folder with a cfg.json is a whole one.
     write_json(folder / "cfg.json", _sae_lens_config(dictionary))
@@ -74,17 +73,19 @@ def load_dictionary(folder: str | Path) -> Dictionary:
             "Dictionary.save or SAELens wrote, with cfg.json and sae_weights.safetensors."
         )
     written = _mapping(read_json(folder / "cfg.json"), folder / "cfg.json")
-    kind = ARCHITECTURES.get(str(written.get("architecture")))
+    own: dict[str, Any] = {
+        "architecture": written.get("architecture"),
+        "config": {},
+        "origin": _origin_of_sae_lens(written),
+    }
+    if (folder / "saefeat.json").is_file():
+        own = _mapping(read_json(folder / "saefeat.json"), folder / "saefeat.json")
+    kind = ARCHITECTURES.get(str(own.get("architecture")))
     if kind is None:
         raise ValueError(
-            f"{folder / 'cfg.json'} names the architecture {written.get('architecture')!r}; "
+            f"{folder} names the architecture {own.get('architecture')!r}; "
             f"known are {', '.join(sorted(ARCHITECTURES))}."
         )
-    own = (
-        _mapping(read_json(folder / "saefeat.json"), folder / "saefeat.json")
-        if (folder / "saefeat.json").is_file()
-        else {"config": {}, "origin": _origin_of_sae_lens(written)}
-    )
     config = _build(kind.config_type, {**_shared_keys(kind, written), **own["config"]}, folder)
     origin = _build(Origin, own["origin"], folder)
     try:
@@ -99,7 +100,7 @@ def load_dictionary(folder: str | Path) -> Dictionary:
 def _sae_lens_config(dictionary: Dictionary) -> dict[str, object]:
     origin = dictionary.origin
     return {
-        "architecture": dictionary.architecture,
+        "architecture": dictionary.sae_lens_architecture,
         "d_in": dictionary.d_in,
         "d_sae": dictionary.d_sae,
         "dtype": str(dictionary.W_dec.dtype).removeprefix("torch."),
@@ -147,28 +148,24 @@ def _build(owner: type[Any], values: dict[str, Any], folder: Path) -> Any:
             f"{folder / 'saefeat.json'} has the unknown key {sorted(unknown)[0]!r} for "
             f"{owner.__name__}. It was written by another version of saefeat."
         )
-    if issubclass(owner, DictionaryConfig) and "adam_betas" in values:
-        values = {**values, "adam_betas": tuple(values["adam_betas"])}
-    return owner(**values)
+    # JSON has lists alone; the configs, which are frozen, have tuples.
+    return owner(
+        **{key: tuple(one) if isinstance(one, list) else one for key, one in values.items()}
+    )
 
 
-@torch.no_grad()
 def _fill(dictionary: Dictionary, tensors: dict[str, Tensor], folder: Path) -> None:
-    wanted = {
-        "W_enc": dictionary.W_enc,
-        "b_enc": dictionary.b_enc,
-        "W_dec": dictionary.W_dec,
-        "b_dec": dictionary.b_dec,
-    }
+    path = folder / "sae_weights.safetensors"
+    wanted = {name: list(tensor.shape) for name, tensor in dictionary.file_tensors().items()}
     if set(tensors) != set(wanted):
         raise ValueError(
-            f"{folder / 'sae_weights.safetensors'} holds {sorted(tensors)}; a dictionary of kind "
-            f"{dictionary.architecture!r} has {sorted(wanted)}."
+            f"{path} holds {sorted(tensors)}; a dictionary of kind {dictionary.architecture!r} "
+            f"has {sorted(wanted)}."
         )
-    for name, target in wanted.items():
-        if tensors[name].shape != target.shape:
+    for name, shape in wanted.items():
+        if list(tensors[name].shape) != shape:
             raise ValueError(
-                f"{name} in {folder / 'sae_weights.safetensors'} has shape "
-                f"{list(tensors[name].shape)}, but cfg.json says {list(target.shape)}."
+                f"{name} in {path} has shape {list(tensors[name].shape)}, but d_in and d_sae in "
+                f"cfg.json say {shape}."
             )
-        target.copy_(tensors[name])
+    dictionary.fill(tensors)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saefeat.dictionaries.auxiliary import auxiliary_loss
+from saefeat.dictionaries.auxiliary import AuxiliaryConfig, auxiliary_loss
 from saefeat.dictionaries.base import Dictionary, StepContext, StepLoss
 from saefeat.kernels.autograd import sparse_decode, sparse_encode
 from saefeat.kernels.codes import Codes, SparsityPattern
@@ -53,20 +53,26 @@ class SparseAutoencoder(Dictionary):
         return residual.square().sum() / context.variance, residual
 
     def training_loss(self, x: Float[Tensor, "n d_in"], context: StepContext) -> StepLoss:
-        """Reconstruction, the kind's own losses, and `auxiliary_loss` while latents are dead."""
+        """Reconstruction, the kind's own losses, and for kinds that have it `auxiliary_loss`."""
         pattern = self.select(self._scores(x, context), context)
         scores = sparse_encode(context.kernels, pattern, x, self.encoder, self.b_enc, self.b_dec)
         codes = Codes(pattern, self.activate(scores, pattern, context))
         total, residual = self.reconstruct(codes, x, context)
         terms = {"fvu": (residual.detach().square().sum() / context.variance)}
         losses = self.sparsity_losses(scores, codes, x, context)
-        if context.n_dead and self.config.auxiliary_weight:
-            auxiliary = auxiliary_loss(self, x, residual, context)
-            losses["auxiliary"] = self.config.auxiliary_weight * auxiliary
+        config = self.config
+        if isinstance(config, AuxiliaryConfig) and config.auxiliary_weight and context.n_dead:
+            auxiliary = auxiliary_loss(self, config.auxiliary_k, x, residual, context)
+            losses["auxiliary"] = config.auxiliary_weight * auxiliary
         for name, loss in losses.items():
             total = total + loss
             terms[name] = loss.detach()
-        return StepLoss(total=total, terms=terms, codes=Codes(pattern, codes.values.detach()))
+        return StepLoss(
+            total=total,
+            terms=terms,
+            codes=Codes(pattern, codes.values.detach()),
+            residual=residual.detach(),
+        )
 
     def scores(self, x: Float[Tensor, "..."]) -> Float[Tensor, "n d_sae"]:
         """The pre-activations of all latents, in the dictionary's dtype."""

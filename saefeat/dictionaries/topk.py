@@ -6,13 +6,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saefeat.dictionaries.base import DictionaryConfig, Origin, StepContext
+from saefeat.dictionaries.auxiliary import AuxiliaryConfig
+from saefeat.dictionaries.base import Origin, StepContext
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
 from saefeat.kernels.codes import Codes, SparsityPattern
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TopKConfig(DictionaryConfig):
+class TopKConfig(AuxiliaryConfig):
     """Keeps the `k` largest latents of each token and zeroes the rest (Gao et al. 2024)."""
 
     k: int = 32
@@ -31,16 +32,13 @@ class TopK(SparseAutoencoder):
     architecture = "topk"
     config_type = TopKConfig
     config: TopKConfig
+    restarts_dead_latents = False
 
     def __init__(
         self, config: TopKConfig, d_in: int, d_sae: int, origin: Origin | None = None
     ) -> None:
         super().__init__(config, d_in, d_sae, origin)
-        if not 1 <= config.k <= d_sae:
-            raise ValueError(
-                f"TopK needs 1 <= k <= d_sae, got k={config.k} and d_sae={d_sae}. "
-                "Lower k or raise the expansion factor."
-            )
+        check_k(config.k, d_sae)
 
     def encode(self, x: Float[Tensor, "..."]) -> Codes:
         """The k largest latents of each row, those below zero clamped to it."""
@@ -54,3 +52,12 @@ class TopK(SparseAutoencoder):
     @property
     def sae_lens_fields(self) -> dict[str, object]:
         return {"k": self.config.k, "rescale_acts_by_decoder_norm": False}
+
+
+def check_k(k: int, d_sae: int) -> None:
+    """Refuse a number of latents per token that cannot be kept."""
+    if not 1 <= k <= d_sae:
+        raise ValueError(
+            f"TopK needs 1 <= k <= d_sae, got k={k} and d_sae={d_sae}. "
+            "Lower k or raise the expansion factor."
+        )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -33,6 +33,18 @@ class SparsityPattern:
         n, k = latents.shape
         offsets = torch.arange(0, n * k + 1, k, device=latents.device)
         return cls(offsets, latents.reshape(-1), d_sae)
+
+    @classmethod
+    def from_mask(cls, mask: Bool[Tensor, "n d_sae"]) -> "SparsityPattern":
+        """The entries where `mask` holds."""
+        rows, latents = mask.nonzero(as_tuple=True)
+        return cls(_offsets(rows, len(mask)), latents, mask.shape[1])
+
+    def where(self, kept: Bool[Tensor, " nnz"]) -> "SparsityPattern":
+        """The pattern of those entries for which `kept` holds, in the same order."""
+        return SparsityPattern(
+            _offsets(self.rows[kept], self.n_rows), self.latents[kept], self.d_sae
+        )
 
     @property
     def n_rows(self) -> int:
@@ -76,10 +88,8 @@ class Codes:
     @classmethod
     def from_dense(cls, dense: Float[Tensor, "n d_sae"]) -> "Codes":
         """Codes of the non-zero entries of a dense matrix."""
-        rows, latents = dense.nonzero(as_tuple=True)
-        offsets = torch.zeros(len(dense) + 1, dtype=torch.int64, device=dense.device)
-        torch.cumsum(torch.bincount(rows, minlength=len(dense)), 0, out=offsets[1:])
-        return cls(SparsityPattern(offsets, latents, dense.shape[1]), dense[rows, latents])
+        pattern = SparsityPattern.from_mask(dense != 0)
+        return cls(pattern, dense[pattern.rows, pattern.latents])
 
     @property
     def offsets(self) -> Int[Tensor, " n_plus_1"]:
@@ -110,3 +120,10 @@ class Codes:
     def row_counts(self) -> Int[Tensor, " n"]:
         """How many latents are above zero in each row."""
         return torch.bincount(self.pattern.rows[self.values > 0], minlength=self.n_rows)
+
+
+def _offsets(rows: Int[Tensor, " nnz"], n_rows: int) -> Int[Tensor, " n_plus_1"]:
+    """Where each row's entries begin, given the row of every entry in ascending order."""
+    offsets = rows.new_zeros(n_rows + 1)
+    torch.cumsum(torch.bincount(rows, minlength=n_rows), 0, out=offsets[1:])
+    return offsets

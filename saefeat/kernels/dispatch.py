@@ -16,6 +16,10 @@ class Kernels(Protocol):
 
     def top_k(self, scores: Float[Tensor, "n d_sae"], k: int) -> Int[Tensor, "n k"]: ...
 
+    def batch_top_k(
+        self, scores: Float[Tensor, "n d_sae"], n_kept: int
+    ) -> tuple[SparsityPattern, Float[Tensor, ""]]: ...
+
     def sampled_product(
         self,
         pattern: SparsityPattern,

@@ -5,6 +5,7 @@ backends are tested against it. A codes matrix C and the three products below ar
 forward and backward pass of a sparse dictionary need.
 """
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -14,6 +15,20 @@ from saefeat.kernels.codes import SparsityPattern
 def top_k(scores: Float[Tensor, "n d_sae"], k: int) -> Int[Tensor, "n k"]:
     """The k largest entries of each row, as indices in no fixed order."""
     return scores.topk(k, dim=1, sorted=False).indices
+
+
+def batch_top_k(
+    scores: Float[Tensor, "n d_sae"], n_kept: int
+) -> tuple[SparsityPattern, Float[Tensor, ""]]:
+    """The `n_kept` largest positive entries of a matrix, and the least of them.
+
+    All entries that equal the least one are kept, since nothing tells them apart. Where fewer
+    entries are positive, those are kept.
+    """
+    least = scores.flatten().topk(n_kept).values[-1].clamp_min(torch.finfo(scores.dtype).tiny)
+    mask = scores >= least
+    kept_least = scores[mask].min() if mask.any() else least
+    return SparsityPattern.from_mask(mask), kept_least.float()
 
 
 def sampled_product(

@@ -15,6 +15,7 @@ from torch.nn.functional import embedding_bag
 from saefeat.kernels import eager
 from saefeat.kernels.codes import SparsityPattern
 
+batch_top_k = eager.batch_top_k
 latent_sums = eager.latent_sums
 
 

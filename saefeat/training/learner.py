@@ -48,6 +48,8 @@ class Learner:
         self.selection_dtype = selection_dtype
         self.scratch = scratch
         self.peak_learning_rate = peak_learning_rate(config, dictionary.d_sae)
+        self.generator = torch.Generator(dictionary.W_dec.device)
+        self.generator.manual_seed(dictionary.origin.seed or 0)
         self.optimizer = torch.optim.Adam(
             dictionary.parameters(), lr=0.0, betas=config.adam_betas, fused=True
         )
@@ -91,6 +93,8 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         dictionary.normalise_decoder()
         self.dead.update(loss.codes)
+        if dictionary.restarts_dead_latents and self._restart_is_due(step, len(x)):
+            self._restart(loss.residual)
         return {
             "loss": float(loss.total.detach()),
             **{name: float(term) for name, term in loss.terms.items()},
@@ -98,3 +102,29 @@ class Learner:
             "dead_fraction": n_dead / dictionary.d_sae,
             "learning_rate": learning_rate,
         }
+
+    def _restart_is_due(self, step: int, n_rows: int) -> bool:
+        """Once every patience, while enough of the run is left to learn in."""
+        period = max(1, self.dead.patience // n_rows)
+        decay = self.dictionary.config.decay_fraction
+        return (step + 1) % period == 0 and step < (1 - decay) * self.n_steps
+
+    @torch.no_grad()
+    def _restart(self, residual: Float[Tensor, "n d_in"]) -> None:
+        """Point dead latents at residuals, drawn with probability proportional to their error.
+
+        Bricken et al. 2023 (resampling); Adam's memory of the old directions goes with them.
+        """
+        dead = self.dead.mask.nonzero().squeeze(1)
+        error = residual.square().sum(1)
+        dead = dead[: int((error > 0).sum())]
+        if len(dead) == 0:
+            return
+        rows = torch.multinomial(error, len(dead), generator=self.generator)
+        directions = residual[rows] / error[rows].sqrt()[:, None]
+        self.dictionary.restart(dead, directions)
+        for name, parameter in self.dictionary.named_parameters():
+            if name != "b_dec":  # the one parameter that is not latent by latent
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    self.optimizer.state[parameter][moment][dead] = 0.0
+        self.dead.tokens_since_fired[dead] = 0

@@ -1,0 +1,92 @@
+"""BatchTopK sparse autoencoders (Bussmann, Leask and Nanda 2024, arXiv:2412.06410)."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saefeat.dictionaries.auxiliary import AuxiliaryConfig
+from saefeat.dictionaries.base import Origin, StepContext
+from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
+from saefeat.dictionaries.topk import check_k
+from saefeat.kernels.codes import Codes, SparsityPattern
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchTopKConfig(AuxiliaryConfig):
+    """Keeps the `k * n` largest latents of a batch of n tokens (Bussmann et al. 2024)."""
+
+    k: int = 32
+    """Latents kept per token, on average over a batch."""
+    threshold_decay: float = 0.95
+    """Decay of the running mean of the least kept value, which is the threshold at inference."""
+
+
+class BatchTopK(SparseAutoencoder):
+    """Keeps the k * n largest scores of a batch; at inference, all above a fixed threshold.
+
+    Training ranks the whole batch, which a single token cannot do. The threshold is the mean over
+    recent batches of the least value that was kept, corrected for having started at 0, so that
+    it is right from the first step.
+
+    Raises:
+        ValueError: `k` is below 1 or above `d_sae`.
+    """
+
+    architecture = "batch_topk"
+    config_type = BatchTopKConfig
+    config: BatchTopKConfig
+    restarts_dead_latents = False
+    threshold_sum: Float[Tensor, ""]
+    threshold_weight: Float[Tensor, ""]
+
+    def __init__(
+        self, config: BatchTopKConfig, d_in: int, d_sae: int, origin: Origin | None = None
+    ) -> None:
+        super().__init__(config, d_in, d_sae, origin)
+        check_k(config.k, d_sae)
+        self.register_buffer("threshold_sum", torch.zeros(()))
+        self.register_buffer("threshold_weight", torch.zeros(()))
+
+    @property
+    def threshold(self) -> Float[Tensor, ""]:
+        """Latents above it are on at inference; 0 before the first step."""
+        return self.threshold_sum / self.threshold_weight.clamp_min(1e-30)
+
+    def encode(self, x: Float[Tensor, "..."]) -> Codes:
+        """Every latent above `threshold`."""
+        scores = self.scores(x)
+        pattern = SparsityPattern.from_mask(scores > self.threshold)
+        return Codes(pattern, scores[pattern.rows, pattern.latents])
+
+    def select(self, scores: Float[Tensor, "n d_sae"], context: StepContext) -> SparsityPattern:
+        """The k * n largest scores above 0."""
+        pattern, least = context.kernels.batch_top_k(scores, self.config.k * len(scores))
+        decay = self.config.threshold_decay
+        self.threshold_sum.mul_(decay).add_((1 - decay) * least)
+        self.threshold_weight.mul_(decay).add_(1 - decay)
+        return pattern
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        """Also divides the threshold."""
+        super().fold_scale(scale)
+        self.threshold_sum.div_(scale)
+
+    @property
+    def sae_lens_architecture(self) -> str:
+        """SAELens has no BatchTopK for inference: it is a JumpReLU of one threshold."""
+        return "jumprelu"
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """The threshold repeated for every latent."""
+        return {**super().file_tensors(), "threshold": self.threshold.expand(self.d_sae)}
+
+    @torch.no_grad()
+    def fill(self, tensors: dict[str, Tensor]) -> None:
+        """The threshold of the file, as if one batch had set it."""
+        tensors = dict(tensors)
+        self.threshold_sum.copy_(tensors.pop("threshold")[0])
+        self.threshold_weight.fill_(1.0)
+        super().fill(tensors)

@@ -1,0 +1,100 @@
+"""Gated sparse autoencoders (Rajamanoharan et al. 2024, arXiv:2404.16014)."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from saefeat.dictionaries.base import Origin, StepContext
+from saefeat.dictionaries.penalty import PenalisedConfig, Penalty
+from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
+from saefeat.kernels.autograd import sparse_decode
+from saefeat.kernels.codes import Codes, SparsityPattern
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatedConfig(PenalisedConfig):
+    """Decides which latents are on apart from how strongly (Rajamanoharan et al. 2024)."""
+
+
+class Gated(SparseAutoencoder):
+    """One map opens gates, another, tied to it, gives magnitudes; only gates are penalised.
+
+        gate = (x - b_dec) @ W_enc + b_enc,    magnitude = (gate - b_enc) * exp(r_mag) + b_mag
+        f = [gate > 0] * ReLU(magnitude)
+        loss = |x - x_hat(f)|^2 + l1 * sum_i ReLU(gate_i) |d_i| + |x - x_hat(ReLU(gate))|^2
+
+    as a share of the variance of x; in the last term, which trains the gates, the decoder is
+    held constant. `b_enc` is the paper's b_gate.
+    """
+
+    architecture = "gated"
+    config_type = GatedConfig
+    config: GatedConfig
+
+    def __init__(
+        self, config: GatedConfig, d_in: int, d_sae: int, origin: Origin | None = None
+    ) -> None:
+        super().__init__(config, d_in, d_sae, origin)
+        self.r_mag = nn.Parameter(torch.zeros(d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(d_sae))
+        self.penalty = Penalty(config)
+
+    def encode(self, x: Float[Tensor, "..."]) -> Codes:
+        """The magnitudes above 0 behind open gates."""
+        gates = self.scores(x)
+        magnitudes = (gates - self.b_enc) * self.r_mag.exp() + self.b_mag
+        return Codes.from_dense(torch.relu(magnitudes) * (gates > 0))
+
+    def select(self, scores: Float[Tensor, "n d_sae"], context: StepContext) -> SparsityPattern:
+        """Every open gate."""
+        return SparsityPattern.from_mask(scores > 0)
+
+    def activate(
+        self,
+        scores: Float[Tensor, " nnz"],
+        pattern: SparsityPattern,
+        context: StepContext,
+    ) -> Float[Tensor, " nnz"]:
+        """The magnitudes; that a gate opens passes no gradient."""
+        latents = pattern.latents
+        magnitudes = (scores - self.b_enc[latents]) * self.r_mag.exp()[latents]
+        return torch.relu(magnitudes + self.b_mag[latents]) * (scores > 0)
+
+    def sparsity_losses(
+        self,
+        scores: Float[Tensor, " nnz"],
+        codes: Codes,
+        x: Float[Tensor, "n d_in"],
+        context: StepContext,
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The L1 penalty on open gates, and the reconstruction from them that trains them."""
+        gates = Codes(codes.pattern, torch.relu(scores))
+        coefficient = self.penalty.step(codes, context)
+        norms = self.W_dec.norm(dim=1)[codes.latents]
+        decoder, b_dec = self.W_dec.detach(), self.b_dec.detach()
+        residual = x - sparse_decode(context.kernels, gates, decoder, b_dec)
+        return {
+            "l1": coefficient * (gates.values * norms).sum() / context.variance,
+            "gate_fvu": residual.square().sum() / context.variance,
+        }
+
+    @torch.no_grad()
+    def restart(self, latents: Int[Tensor, " m"], directions: Float[Tensor, "m d_in"]) -> None:
+        """Also begins their magnitudes anew."""
+        super().restart(latents, directions)
+        self.r_mag[latents] = 0.0
+        self.b_mag[latents] = 0.0
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        """Also divides the bias of the magnitudes."""
+        super().fold_scale(scale)
+        self.b_mag.div_(scale)
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """SAELens's names, in which b_enc is b_gate."""
+        tensors = super().file_tensors()
+        tensors["b_gate"] = tensors.pop("b_enc")
+        return {**tensors, "r_mag": self.r_mag, "b_mag": self.b_mag}

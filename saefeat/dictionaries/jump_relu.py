@@ -1,0 +1,174 @@
+"""JumpReLU sparse autoencoders (Rajamanoharan et al. 2024, arXiv:2407.14435)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from saefeat.dictionaries.base import Origin, StepContext
+from saefeat.dictionaries.penalty import PenalisedConfig, Penalty
+from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
+from saefeat.kernels.codes import Codes, SparsityPattern
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JumpReLUConfig(PenalisedConfig):
+    """A learned threshold for each latent, under an L0 penalty (Rajamanoharan et al. 2024)."""
+
+    sparsity_loss: Literal["step", "tanh_quadratic"] = "step"
+    """"step" counts the latents that are on. "tanh_quadratic" is a smooth count that also
+    weighs down latents that are on often; see `JumpReLU`."""
+    initial_threshold: float = 1.0
+    """Threshold of every latent at the start, for activations of norm sqrt(d_in)."""
+    bandwidth: float = 1.0
+    """Width of the window around a threshold within which its gradient is estimated."""
+    tanh_scale: float = 4.0
+    """The c of "tanh_quadratic"."""
+    frequent: float = 0.1
+    """Density at which "tanh_quadratic" counts a latent twice."""
+
+
+class JumpReLU(SparseAutoencoder):
+    """A latent is on where its score passes its own learned threshold.
+
+        f = scores * [scores > threshold]
+
+    A jump has no gradient, so the threshold's is estimated by a window of `bandwidth` around
+    it (the paper's equations 11 and 12, with a rectangular kernel). The penalty, per token:
+
+        step            sum_i [scores_i > threshold_i]
+        tanh_quadratic  sum_i t_i (1 + t_i / frequent),  t_i = mean over tokens of tanh(c f_i |d_i|)
+
+    The tanh comes from Anthropic's January 2025 update, the quadratic term, against latents
+    that are on all the time, from Smith et al. 2025 ("Negative results for SAEs").
+
+    Raises:
+        ValueError: A threshold or the bandwidth is not above 0, or the loss is unknown.
+    """
+
+    architecture = "jumprelu"
+    config_type = JumpReLUConfig
+    config: JumpReLUConfig
+
+    def __init__(
+        self, config: JumpReLUConfig, d_in: int, d_sae: int, origin: Origin | None = None
+    ) -> None:
+        super().__init__(config, d_in, d_sae, origin)
+        if config.initial_threshold <= 0 or config.bandwidth <= 0:
+            raise ValueError(
+                "JumpReLU needs initial_threshold > 0 and bandwidth > 0, got "
+                f"{config.initial_threshold} and {config.bandwidth}."
+            )
+        if config.sparsity_loss not in ("step", "tanh_quadratic"):
+            raise ValueError(
+                f"sparsity_loss must be 'step' or 'tanh_quadratic', got {config.sparsity_loss!r}."
+            )
+        # Its logarithm is learned, so that a threshold stays above 0.
+        self.log_threshold = nn.Parameter(torch.full((d_sae,), math.log(config.initial_threshold)))
+        self.penalty = Penalty(config)
+
+    @property
+    def threshold(self) -> Float[Tensor, " d_sae"]:
+        """The score above which each latent is on."""
+        return self.log_threshold.exp()
+
+    def encode(self, x: Float[Tensor, "..."]) -> Codes:
+        """Every score above its threshold."""
+        scores = self.scores(x)
+        return Codes.from_dense(scores * (scores > self.threshold))
+
+    def select(self, scores: Float[Tensor, "n d_sae"], context: StepContext) -> SparsityPattern:
+        """Every score above its threshold, and those in the window below it."""
+        lowest = self.threshold - self.config.bandwidth / 2
+        return SparsityPattern.from_mask(scores > lowest.to(scores.dtype))
+
+    def activate(
+        self,
+        scores: Float[Tensor, " nnz"],
+        pattern: SparsityPattern,
+        context: StepContext,
+    ) -> Float[Tensor, " nnz"]:
+        """The scores above their thresholds; 0 for the others in the window."""
+        threshold = self.threshold[pattern.latents]
+        values: Tensor = _Jump.apply(scores, threshold, self.config.bandwidth)
+        return values
+
+    def sparsity_losses(
+        self,
+        scores: Float[Tensor, " nnz"],
+        codes: Codes,
+        x: Float[Tensor, "n d_in"],
+        context: StepContext,
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The smooth or the exact count of the latents that are on."""
+        coefficient = self.penalty.step(codes, context)
+        if self.config.sparsity_loss == "step":
+            threshold = self.threshold[codes.latents]
+            count = _Step.apply(scores, threshold, self.config.bandwidth).sum()
+        else:
+            norms = self.W_dec.norm(dim=1)[codes.latents]
+            smooth = torch.tanh(self.config.tanh_scale * codes.values * norms)
+            often = context.kernels.latent_sums(codes.pattern, smooth) / len(x)
+            count = len(x) * (often * (1 + often / self.config.frequent)).sum()
+        return {"sparsity": coefficient * count / context.variance}
+
+    @torch.no_grad()
+    def restart(self, latents: Int[Tensor, " m"], directions: Float[Tensor, "m d_in"]) -> None:
+        """Also brings the thresholds down to where they began."""
+        super().restart(latents, directions)
+        self.log_threshold[latents] = math.log(self.config.initial_threshold)
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        """Also divides the thresholds."""
+        super().fold_scale(scale)
+        self.log_threshold.sub_(math.log(scale))
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """SAELens writes the threshold itself."""
+        return {**super().file_tensors(), "threshold": self.threshold}
+
+    @torch.no_grad()
+    def fill(self, tensors: dict[str, Tensor]) -> None:
+        """Thresholds of 0 or less become the least float above 0: nothing lies between."""
+        tensors = dict(tensors)
+        tiny = torch.finfo(self.log_threshold.dtype).tiny
+        self.log_threshold.copy_(tensors.pop("threshold").clamp_min(tiny).log())
+        super().fill(tensors)
+
+
+class _Jump(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(scores, threshold)
+        ctx.bandwidth = bandwidth
+        return scores * (scores > threshold)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        scores, threshold = ctx.saved_tensors
+        window = _window(scores, threshold, ctx.bandwidth)
+        return gradient * (scores > threshold), -gradient * threshold * window, None
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(scores, threshold)
+        ctx.bandwidth = bandwidth
+        return (scores > threshold).to(scores.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        scores, threshold = ctx.saved_tensors
+        return None, -gradient * _window(scores, threshold, ctx.bandwidth), None
+
+
+def _window(scores: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """1 / bandwidth within half a bandwidth of the threshold, else 0."""
+    return ((scores - threshold).abs() < bandwidth / 2).to(scores.dtype) / bandwidth

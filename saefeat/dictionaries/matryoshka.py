@@ -1,0 +1,69 @@
+"""Matryoshka sparse autoencoders (Bussmann et al. 2025, arXiv:2503.17547)."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saefeat.dictionaries.base import Origin, StepContext
+from saefeat.dictionaries.batch_topk import BatchTopK, BatchTopKConfig
+from saefeat.kernels.autograd import sparse_decode
+from saefeat.kernels.codes import Codes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MatryoshkaConfig(BatchTopKConfig):
+    """Nested dictionaries: each prefix of the latents has to reconstruct by itself."""
+
+    prefix_fractions: tuple[float, ...] = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
+    """Share of the latents in each prefix, rising to 1."""
+    prefix_weights: tuple[float, ...] = (0.025, 0.05, 0.1, 0.2, 0.625)
+    """Weight of each prefix's reconstruction; scaled to sum to 1. Equal weights with untied
+    starts leave the first prefix always on."""
+
+
+class Matryoshka(BatchTopK):
+    """BatchTopK latents in nested prefixes, each of which reconstructs the activations.
+
+        loss = sum_m weight_m * |x - b_dec - sum over latents i < prefix_m of f_i d_i|^2
+
+    as a share of the variance of x. Early latents then learn what is general, late ones detail,
+    rather than absorbing one another.
+
+    Raises:
+        ValueError: The fractions do not rise to 1, or there are not as many weights.
+    """
+
+    architecture = "matryoshka"
+    config_type = MatryoshkaConfig
+    config: MatryoshkaConfig
+
+    def __init__(
+        self, config: MatryoshkaConfig, d_in: int, d_sae: int, origin: Origin | None = None
+    ) -> None:
+        super().__init__(config, d_in, d_sae, origin)
+        fractions, weights = config.prefix_fractions, config.prefix_weights
+        self.prefixes = [round(fraction * d_sae) for fraction in fractions]
+        rising = all(low < high for low, high in pairwise([0, *self.prefixes]))
+        if not rising or self.prefixes[-1] != d_sae or len(weights) != len(fractions):
+            raise ValueError(
+                f"prefix_fractions must rise to 1 and have as many weights; {fractions} with "
+                f"weights {weights} make prefixes of {self.prefixes} of {d_sae} latents."
+            )
+
+    def reconstruct(
+        self, codes: Codes, x: Float[Tensor, "n d_in"], context: StepContext
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "n d_in"]]:
+        """The weighted losses of all prefixes, and the residual of the last."""
+        weights = self.config.prefix_weights
+        residual = x - self.b_dec
+        loss = residual.new_zeros(())
+        nothing = torch.zeros_like(self.b_dec)
+        for low, high, weight in zip([0, *self.prefixes], self.prefixes, weights, strict=False):
+            inside = (codes.latents >= low) & (codes.latents < high)
+            block = Codes(codes.pattern.where(inside), codes.values[inside])
+            residual = residual - sparse_decode(context.kernels, block, self.W_dec, nothing)
+            loss = loss + weight / sum(weights) * residual.square().sum() / context.variance
+        return loss, residual

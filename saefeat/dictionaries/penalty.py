@@ -1,0 +1,63 @@
+"""The weight of a sparsity penalty over a run: it warms up, and can steer for an L0."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saefeat.dictionaries.base import DictionaryConfig, StepContext
+from saefeat.kernels.codes import Codes
+
+GAIN = 0.01
+"""Share by which a step moves the coefficient where L0 is e times its target."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PenalisedConfig(DictionaryConfig):
+    """The recipe of the kinds whose sparsity comes from a penalty."""
+
+    sparsity_coefficient: float = 5.0
+    """Weight of the penalty beside the squared error, both summed over a token whose activations
+    have norm sqrt(d_in). Where `target_l0` is given, only the value to start from."""
+    target_l0: float | None = None
+    """Latents on per token to steer for, by moving the coefficient. None keeps it fixed."""
+    penalty_warmup_fraction: float = 0.05
+    """Share of the steps over which the penalty rises from 0."""
+
+
+class Penalty(nn.Module):
+    """A coefficient that rises from 0, and follows a target L0 where one is given.
+
+    The logarithm of the coefficient moves by `GAIN * ln(L0 / target)` a step, at most by `GAIN`,
+    an integral controller: it rests only where L0 is the target. Nothing moves during warm-up,
+    when L0 says nothing yet about where it will settle.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    coefficient: Float[Tensor, ""]
+
+    def __init__(self, config: PenalisedConfig) -> None:
+        super().__init__()
+        start, target = config.sparsity_coefficient, config.target_l0
+        if start < 0 or (target is not None and (target <= 0 or start == 0)):
+            raise ValueError(
+                f"sparsity_coefficient must not be negative, got {start}; to steer for a "
+                f"target_l0 both must be above 0, got target_l0={target}."
+            )
+        self.target_l0 = target
+        self.warmup_fraction = config.penalty_warmup_fraction
+        self.register_buffer("coefficient", torch.tensor(float(start)))
+
+    @torch.no_grad()
+    def step(self, codes: Codes, context: StepContext) -> Float[Tensor, ""]:
+        """The coefficient to use in this step, having seen its codes."""
+        if context.progress < self.warmup_fraction:
+            return self.coefficient * (context.progress / self.warmup_fraction)
+        if self.target_l0 is not None:
+            l0 = (codes.values > 0).sum() / codes.n_rows
+            error = (l0 / self.target_l0).clamp_min(1e-3).log().clamp(-1, 1)
+            self.coefficient.mul_((GAIN * error).exp())
+        return self.coefficient.clone()

@@ -1,0 +1,32 @@
+"""Every example runs as a newcomer would run it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+ARGUMENTS = {"02_all_layers_in_one_pass.py": ["2000"]}
+EXPECTED = {
+    "01_first_sae.py": "found at cosine > 0.9: 64 of 64 hidden directions",
+    "02_all_layers_in_one_pass.py": "blocks.29.hook_resid_post",
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_example_runs_and_prints_what_it_promises(name, request, tmp_path):
+    source = (EXAMPLES / name).read_text()
+    assert len(source.splitlines()) < 80
+    if "smollm2" in source:
+        request.getfixturevalue("smollm2")  # skips where the weights are missing
+    finished = subprocess.run(
+        [sys.executable, EXAMPLES / name, *ARGUMENTS.get(name, [])],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert EXPECTED[name] in finished.stdout
