@@ -1,7 +1,13 @@
 """Flags in, calls out; no logic."""
 
+import io
+import re
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from functools import partial, wraps
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -43,15 +49,51 @@ def main(arguments: list[str] | None = None) -> None:
     """The command `saefeat`. Exits with 2 and one line on a bad option or input."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
+    command = _parse([argument for argument in arguments if argument != "--debug"])
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            {"demo": demo},
-            prog="saefeat",
-            description="Sparse dictionaries on language models. --debug shows tracebacks.",
-            args=[argument for argument in arguments if argument != "--debug"],
-        )
+        command()
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
-        print(f"saefeat: {error}", file=sys.stderr)
-        sys.exit(2)
+        _exit_with(str(error))
+
+
+def _parse(arguments: list[str]) -> Callable[[], None]:
+    """The call that the arguments ask for."""
+    complaint = io.StringIO()
+    try:
+        with redirect_stderr(complaint):
+            command: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
+                {"demo": _unstarted(demo)},
+                prog="saefeat",
+                description="Sparse dictionaries on language models. --debug shows tracebacks.",
+                args=arguments,
+            )
+    except SystemExit as exit_request:
+        if exit_request.code:
+            _exit_with(_first_statement(complaint.getvalue()))
+        raise
+    return command
+
+
+def _unstarted(command: Callable[..., None]) -> Callable[..., Any]:
+    """The same signature, but the call is handed back instead of made."""
+
+    @wraps(command)
+    def bound(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        return partial(command, *args, **kwargs)
+
+    return bound
+
+
+def _first_statement(box: str) -> str:
+    """What a box that tyro draws around a bad option says below its title."""
+    parts = [part.strip() for part in re.split("─+|-{5,}", re.sub("[│╭╮╰╯]", " ", box))]
+    below_title = [part for part in parts if part][1:]
+    return f"{(below_title or [box])[0].rstrip('.')}. See saefeat --help."
+
+
+def _exit_with(message: str) -> None:
+    # Messages of other libraries may have several lines.
+    print("saefeat:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)

@@ -9,12 +9,15 @@ from saefeat.activations.tokens import load_tokens
 from saefeat.core.files import check_unclaimed
 from saefeat.dictionaries.topk import TopKConfig
 from saefeat.models.load import load_model
+from saefeat.models.packaged import quiet_transformers
 from saefeat.report.measure import measure
 from saefeat.report.record import Report
 from saefeat.training.trainer import train
 
 HELD_OUT_TOKENS = 16_384
-"""Tokens that everything but the loss is measured on."""
+"""Tokens that everything but the loss is measured on, or a quarter of the training if fewer."""
+CONTEXT_SIZE = 128
+"""Tokens in a context, or as many as the model reads if fewer."""
 
 
 def run_demo(
@@ -38,22 +41,32 @@ def run_demo(
 
     Raises:
         FileExistsError: `out` already holds files.
-        ValueError: A layer is not in the model, or the text is too short.
+        ValueError: A layer is not in the model, there are fewer than 8 tokens to train on, or
+            the text is too short to hold some of it out.
     """
+    if tokens < 8:
+        raise ValueError(f"tokens={tokens} is too few to train on some and hold others out.")
     check_unclaimed(out)
-    language_model = load_model(model)
-    context_size = 128
+    with quiet_transformers():
+        language_model = load_model(model)
+    chosen = _choose_layers(layers, language_model.cfg.n_layers)
+    context_size = min(CONTEXT_SIZE, language_model.cfg.n_ctx)
+    n_held_out = min(HELD_OUT_TOKENS, tokens // 4)
     # A tenth more for what is held out, a tenth for BOS, separators and attention sinks.
-    n_read = max(int(tokens * 1.1), tokens + 2 * HELD_OUT_TOKENS) + 2 * context_size
+    n_read = max(int(tokens * 1.1), tokens + 2 * n_held_out) + 2 * context_size
     corpus = load_tokens(
         Path(sysconfig.get_path("stdlib")) if text is None else text,
         tokenizer=language_model.tokenizer,
         context_size=context_size,
         max_tokens=n_read,
-        held_out_fraction=HELD_OUT_TOKENS / n_read,
+        held_out_fraction=n_held_out / n_read,
         pattern="**/*.py" if text is None else "**/*",
     )
-    chosen = _choose_layers(layers, language_model.cfg.n_layers)
+    if corpus.n_held_out == 0:
+        raise ValueError(
+            f"The text makes only one context of {context_size} tokens, so that none can be held "
+            "out to measure on. Give more text."
+        )
     stream = ActivationStream.from_model(
         language_model,
         corpus,
@@ -70,7 +83,7 @@ def run_demo(
         out=out / "run",
         progress=progress,
     )
-    report = measure(bank, stream, n_tokens=HELD_OUT_TOKENS, model=language_model)
+    report = measure(bank, stream, n_tokens=n_held_out, model=language_model)
     report.save(out / "report")
     return report
 

@@ -8,6 +8,7 @@ import torch
 from saefeat.dictionaries.auxiliary import AuxiliaryConfig
 from saefeat.dictionaries.base import Origin, StepContext
 from saefeat.dictionaries.batch_topk import BatchTopK
+from saefeat.dictionaries.penalty import PenalisedConfig
 from saefeat.dictionaries.registry import KINDS, dictionary_type
 from saefeat.dictionaries.sae_lens import load_dictionary
 from saefeat.kernels import eager
@@ -16,11 +17,11 @@ from saefeat.training.learner import Scratch
 
 D_IN, D_SAE = 12, 40
 SMALL = {
-    "standard": {},
-    "gated": {},
+    "standard": {"initial_l0": 10},
+    "gated": {"initial_l0": 10},
     "topk": {"k": 5},
     "batch_topk": {"k": 5},
-    "jumprelu": {"initial_threshold": 0.5},
+    "jumprelu": {"initial_l0": 10},
     "matryoshka": {"k": 5, "prefix_fractions": (0.1, 0.5, 1.0), "prefix_weights": (1, 2, 3)},
 }
 SAE_LENS_NAMES = {"batch_topk": "jumprelu", "matryoshka": "jumprelu"}
@@ -31,7 +32,8 @@ def build(kind, generator, **changes):
     options = {**SMALL[kind.architecture], **changes}
     origin = Origin(hook_name="blocks.1.hook_resid_post", model_name="tiny", expansion_factor=4)
     dictionary = kind(kind.config_type(**options), D_IN, D_SAE, origin)
-    dictionary.initialise(generator, 0.1 * torch.randn(D_IN, generator=generator))
+    centre = 0.1 * torch.randn(D_IN, generator=generator)
+    dictionary.initialise(generator, centre, torch.randn(100, D_IN, generator=generator))
     with torch.no_grad():
         dictionary.encoder.add_(0.2 * torch.randn(D_SAE, D_IN, generator=generator))
         # Every other weight of a kind as well: gates, thresholds.
@@ -74,10 +76,18 @@ def x(generator):
 
 def test_initial_decoder_rows_are_unit_and_tied_to_the_encoder(kind, generator):
     fresh = kind(kind.config_type(**SMALL[kind.architecture]), D_IN, D_SAE)
-    fresh.initialise(generator, torch.full((D_IN,), 0.5))
+    fresh.initialise(generator, torch.full((D_IN,), 0.5), torch.randn(9, D_IN))
     torch.testing.assert_close(fresh.W_dec.norm(dim=1), torch.ones(D_SAE))
     assert torch.equal(fresh.W_enc, fresh.W_dec.T)
     assert torch.equal(fresh.b_dec, torch.full((D_IN,), 0.5))
+
+
+def test_penalised_kinds_start_at_the_sparsity_asked_for(kind, generator, x):
+    if not issubclass(kind.config_type, PenalisedConfig):
+        pytest.skip("its sparsity is k")
+    fresh = kind(kind.config_type(initial_l0=6), D_IN, D_SAE)
+    fresh.initialise(generator, torch.zeros(D_IN), x)
+    assert float(fresh.encode(x).row_counts().float().mean()) == pytest.approx(6, abs=0.1)
 
 
 def test_decode_equals_the_dense_product(dictionary, x):
@@ -199,7 +209,7 @@ def plain_matryoshka(dictionary, x, dead):
 
 def plain_standard(dictionary, x, dead):
     values = plain_scores(dictionary, x).relu()
-    l1 = 5.0 * (values * dictionary.W_dec.norm(dim=1)).sum()
+    l1 = 2.0 * (values * dictionary.W_dec.norm(dim=1)).sum()
     return plain_loss(dictionary, x, dead, values, l1 / (x - x.mean(0)).square().sum())
 
 
@@ -208,7 +218,7 @@ def plain_gated(dictionary, x, dead):
     gates = centred @ dictionary.encoder.T + dictionary.b_enc
     magnitudes = centred @ (dictionary.encoder.T * dictionary.r_mag.exp()) + dictionary.b_mag
     values = magnitudes.relu() * (gates > 0)
-    l1 = 5.0 * (gates.relu() * dictionary.W_dec.norm(dim=1)).sum()
+    l1 = 2.0 * (gates.relu() * dictionary.W_dec.norm(dim=1)).sum()
     frozen = x - gates.relu() @ dictionary.W_dec.detach() - dictionary.b_dec.detach()
     extra = l1 / (x - x.mean(0)).square().sum() + share(frozen, x)
     return plain_loss(dictionary, x, dead, values, extra)
@@ -234,7 +244,7 @@ def plain_jumprelu(dictionary, x, dead):
     scores, threshold = plain_scores(dictionary, x), dictionary.log_threshold.exp()
     step = PlainStep.apply(scores.detach(), threshold)
     values = scores * (scores > threshold) + threshold.detach() * (step - step.detach())
-    penalty = 5.0 * PlainStep.apply(scores, threshold).sum()
+    penalty = 2.0 * PlainStep.apply(scores, threshold).sum()
     extra = penalty / (x - x.mean(0)).square().sum()
     return plain_loss(dictionary, x, dead, values, extra)
 

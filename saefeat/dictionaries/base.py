@@ -138,8 +138,15 @@ class Dictionary(nn.Module, ABC):
         return self.encoder.T
 
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator, centre: Float[Tensor, " d_in"]) -> None:
+    def initialise(
+        self,
+        generator: torch.Generator,
+        centre: Float[Tensor, " d_in"],
+        sample: Float[Tensor, "n d_in"],
+    ) -> None:
         """Draw unit decoder rows, tie the encoder to them, and start from `centre`.
+
+        `sample` holds scaled activations, for kinds that start from a chosen sparsity.
 
         The encoder starts as the decoder's transpose and the decoder bias at a robust centre of
         the data, after Gao et al. 2024 (arXiv:2406.04093), appendix A.

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saefeat.dictionaries.base import Origin, StepContext
-from saefeat.dictionaries.penalty import PenalisedConfig, Penalty
+from saefeat.dictionaries.penalty import PenalisedConfig, Penalty, initial_threshold
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
 from saefeat.kernels.autograd import sparse_decode
 from saefeat.kernels.codes import Codes, SparsityPattern
@@ -40,6 +40,19 @@ class Gated(SparseAutoencoder):
         self.r_mag = nn.Parameter(torch.zeros(d_sae))
         self.b_mag = nn.Parameter(torch.zeros(d_sae))
         self.penalty = Penalty(config)
+
+    @torch.no_grad()
+    def initialise(
+        self,
+        generator: torch.Generator,
+        centre: Float[Tensor, " d_in"],
+        sample: Float[Tensor, "n d_in"],
+    ) -> None:
+        """Also lowers both encoder biases until `initial_l0` latents are on."""
+        super().initialise(generator, centre, sample)
+        threshold = initial_threshold(self.scores(sample), self.config.initial_l0)
+        self.b_enc.sub_(threshold)
+        self.b_mag.sub_(threshold)
 
     def encode(self, x: Float[Tensor, "..."]) -> Codes:
         """The magnitudes above 0 behind open gates."""

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saefeat.dictionaries.base import Origin, StepContext
-from saefeat.dictionaries.penalty import PenalisedConfig, Penalty
+from saefeat.dictionaries.penalty import PenalisedConfig, Penalty, initial_threshold
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
 from saefeat.kernels.codes import Codes, SparsityPattern
 
@@ -21,14 +21,16 @@ class JumpReLUConfig(PenalisedConfig):
     sparsity_loss: Literal["step", "tanh_quadratic"] = "step"
     """"step" counts the latents that are on. "tanh_quadratic" is a smooth count that also
     weighs down latents that are on often; see `JumpReLU`."""
-    initial_threshold: float = 1.0
-    """Threshold of every latent at the start, for activations of norm sqrt(d_in)."""
     bandwidth: float = 1.0
     """Width of the window around a threshold within which its gradient is estimated."""
     tanh_scale: float = 4.0
     """The c of "tanh_quadratic"."""
     frequent: float = 0.1
     """Density at which "tanh_quadratic" counts a latent twice."""
+
+
+MIN_INITIAL_THRESHOLD = 0.01
+"""Least threshold to start from: the logarithm of one near 0 would hardly move."""
 
 
 class JumpReLU(SparseAutoencoder):
@@ -46,7 +48,7 @@ class JumpReLU(SparseAutoencoder):
     that are on all the time, from Smith et al. 2025 ("Negative results for SAEs").
 
     Raises:
-        ValueError: A threshold or the bandwidth is not above 0, or the loss is unknown.
+        ValueError: The bandwidth is not above 0, or the loss is unknown.
     """
 
     architecture = "jumprelu"
@@ -57,23 +59,32 @@ class JumpReLU(SparseAutoencoder):
         self, config: JumpReLUConfig, d_in: int, d_sae: int, origin: Origin | None = None
     ) -> None:
         super().__init__(config, d_in, d_sae, origin)
-        if config.initial_threshold <= 0 or config.bandwidth <= 0:
-            raise ValueError(
-                "JumpReLU needs initial_threshold > 0 and bandwidth > 0, got "
-                f"{config.initial_threshold} and {config.bandwidth}."
-            )
+        if config.bandwidth <= 0:
+            raise ValueError(f"JumpReLU needs bandwidth > 0, got {config.bandwidth}.")
         if config.sparsity_loss not in ("step", "tanh_quadratic"):
             raise ValueError(
                 f"sparsity_loss must be 'step' or 'tanh_quadratic', got {config.sparsity_loss!r}."
             )
         # Its logarithm is learned, so that a threshold stays above 0.
-        self.log_threshold = nn.Parameter(torch.full((d_sae,), math.log(config.initial_threshold)))
+        self.log_threshold = nn.Parameter(torch.zeros(d_sae))
         self.penalty = Penalty(config)
 
     @property
     def threshold(self) -> Float[Tensor, " d_sae"]:
         """The score above which each latent is on."""
         return self.log_threshold.exp()
+
+    @torch.no_grad()
+    def initialise(
+        self,
+        generator: torch.Generator,
+        centre: Float[Tensor, " d_in"],
+        sample: Float[Tensor, "n d_in"],
+    ) -> None:
+        """Also sets all thresholds to where `initial_l0` latents are on."""
+        super().initialise(generator, centre, sample)
+        threshold = initial_threshold(self.scores(sample), self.config.initial_l0)
+        self.log_threshold.fill_(threshold.clamp_min(MIN_INITIAL_THRESHOLD).log())
 
     def encode(self, x: Float[Tensor, "..."]) -> Codes:
         """Every score above its threshold."""
@@ -117,9 +128,9 @@ class JumpReLU(SparseAutoencoder):
 
     @torch.no_grad()
     def restart(self, latents: Int[Tensor, " m"], directions: Float[Tensor, "m d_in"]) -> None:
-        """Also brings the thresholds down to where they began."""
+        """Also brings their thresholds down to the lowest of the others."""
         super().restart(latents, directions)
-        self.log_threshold[latents] = math.log(self.config.initial_threshold)
+        self.log_threshold[latents] = self.log_threshold.min()
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:

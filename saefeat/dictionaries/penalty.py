@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from saefeat.dictionaries.base import DictionaryConfig, StepContext
 from saefeat.kernels.codes import Codes
 
-GAIN = 0.01
+GAIN = 0.03
 """Share by which a step moves the coefficient where L0 is e times its target."""
 
 
@@ -17,13 +17,22 @@ GAIN = 0.01
 class PenalisedConfig(DictionaryConfig):
     """The recipe of the kinds whose sparsity comes from a penalty."""
 
-    sparsity_coefficient: float = 5.0
+    sparsity_coefficient: float = 2.0
     """Weight of the penalty beside the squared error, both summed over a token whose activations
     have norm sqrt(d_in). Where `target_l0` is given, only the value to start from."""
     target_l0: float | None = None
     """Latents on per token to steer for, by moving the coefficient. None keeps it fixed."""
     penalty_warmup_fraction: float = 0.05
     """Share of the steps over which the penalty rises from 0."""
+    initial_l0: float = 128.0
+    """Latents on per token at the start, at most half of them. A start at half, as random
+    weights without biases give, lets the penalty push everything off before it has learned."""
+
+
+def initial_threshold(scores: Float[Tensor, "n d_sae"], initial_l0: float) -> Float[Tensor, ""]:
+    """The score that `initial_l0` latents of a token pass on average; never below 0."""
+    n_above = min(int(initial_l0 * len(scores)), scores.numel() // 2)
+    return scores.flatten().kthvalue(scores.numel() - n_above).values.clamp_min(0)
 
 
 class Penalty(nn.Module):

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saefeat.dictionaries.base import Origin, StepContext
-from saefeat.dictionaries.penalty import PenalisedConfig, Penalty
+from saefeat.dictionaries.penalty import PenalisedConfig, Penalty, initial_threshold
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
 from saefeat.kernels.codes import Codes, SparsityPattern
 
@@ -37,6 +37,17 @@ class Standard(SparseAutoencoder):
     ) -> None:
         super().__init__(config, d_in, d_sae, origin)
         self.penalty = Penalty(config)
+
+    @torch.no_grad()
+    def initialise(
+        self,
+        generator: torch.Generator,
+        centre: Float[Tensor, " d_in"],
+        sample: Float[Tensor, "n d_in"],
+    ) -> None:
+        """Also lowers the encoder bias until `initial_l0` latents are on."""
+        super().initialise(generator, centre, sample)
+        self.b_enc.sub_(initial_threshold(self.scores(sample), self.config.initial_l0))
 
     def encode(self, x: Float[Tensor, "..."]) -> Codes:
         """Every latent above 0."""

@@ -59,6 +59,8 @@ class FidelitySums:
                 f"Target and reconstruction must be matrices of one shape, got "
                 f"{list(target.shape)} and {list(recon.shape)}. Are they of the same hook?"
             )
+        if len(target) == 0:
+            return
         target, recon = target.detach().double(), recon.detach().double()
         error = (target - recon).square().sum(1)
         norm = target.square().sum(1)

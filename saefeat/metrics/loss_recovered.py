@@ -102,9 +102,10 @@ class CrossEntropy:
 
     @torch.no_grad()
     def _forward(self, batch: slice) -> tuple[float, int]:
-        ids = self.tokens.ids[batch].long()
+        device = next(self.model.parameters()).device
+        ids = self.tokens.ids[batch].long().to(device)
         mask = None if self.tokens.attention_mask is None else self.tokens.attention_mask[batch]
-        options = {} if mask is None else {"attention_mask": mask}
+        options = {} if mask is None else {"attention_mask": mask.long().to(device)}
         logits = self.model(ids, return_type="logits", **options)
         return next_token_loss(logits, ids, mask)
 

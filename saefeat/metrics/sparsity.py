@@ -61,6 +61,7 @@ def effective_features(contributions: Float[Tensor, " d_sae"]) -> float:
     """
     if not (contributions.isfinite().all() and (contributions >= 0).all()):
         raise ValueError("Contributions must be finite and not negative: sums of f_i * |d_i|.")
+    contributions = contributions.detach()
     total = contributions.sum(dtype=torch.float64)
     if total == 0:
         return 0.0
@@ -83,7 +84,7 @@ class SparsityCounts:
         """Take in a batch."""
         self.n_rows += codes.n_rows
         self.firing += codes.firing_counts()
-        self.activation_sums.index_add_(0, codes.latents, codes.values.double())
+        self.activation_sums.index_add_(0, codes.latents, codes.values.detach().double())
 
     @property
     def density(self) -> Float[Tensor, " d_sae"]:

@@ -1,5 +1,6 @@
 """`measure`: what the dictionaries of a bank do on tokens that training never saw."""
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -17,6 +18,7 @@ from saefeat.report.record import QUANTILES, Layer, Report, Row, layer_number
 from saefeat.training.bank import Bank, Key
 
 
+@torch.no_grad()
 def measure(
     bank: Bank,
     stream: ActivationStream,
@@ -58,6 +60,11 @@ def measure(
             f"The stream has no hook {missing[0]!r}, which the bank has dictionaries of; it has "
             f"{', '.join(stream.hooks)}. Make the stream with hooks=bank.hooks."
         )
+    if model is not None and stream.held_out_tokens is None:
+        raise ValueError(
+            "The loss recovered needs held-out tokens, and this stream has none (it was made "
+            "from tensors, or nothing was held out). Leave model=None."
+        )
     sparsity = {key: SparsityCounts(one.W_dec.detach().norm(dim=1)) for key, one in bank.items()}
     fidelity = {key: FidelitySums() for key in bank}
     row_sums = {name: torch.zeros(stream.widths[name], dtype=torch.float64) for name in bank.hooks}
@@ -74,9 +81,11 @@ def measure(
                     fidelity[key].update(x, dictionary.decode(codes))
     losses: dict[Key, dict[str, float]] = {}
     cross_entropy = None
-    if model is not None:
+    if model is not None and stream.held_out_tokens is not None:
+        n_contexts = max(1, ce_tokens // stream.held_out_tokens.context_size)
+        evaluation = CrossEntropy(model, stream.held_out_tokens.first(n_contexts))
         means = {name: (total / n_seen).float() for name, total in row_sums.items()}
-        losses, cross_entropy = _losses(bank, stream, model, ce_tokens, ablation, means)
+        losses, cross_entropy = _losses(bank, evaluation, ablation, means)
     rows = [
         _row(key, dictionary, sparsity[key], fidelity[key], losses.get(key, {}))
         for key, dictionary in bank.items()
@@ -97,21 +106,8 @@ def measure(
 
 
 def _losses(
-    bank: Bank,
-    stream: ActivationStream,
-    model: Any,
-    ce_tokens: int,
-    ablation: str,
-    means: Mapping[str, Tensor],
+    bank: Bank, evaluation: CrossEntropy, ablation: str, means: Mapping[str, Tensor]
 ) -> tuple[dict[Key, dict[str, float]], dict[str, Any]]:
-    tokens = stream.held_out_tokens
-    if tokens is None:
-        raise ValueError(
-            "The loss recovered needs held-out tokens, and this stream has none (it was made "
-            "from tensors, or nothing was held out). Leave model=None."
-        )
-    n_contexts = max(1, ce_tokens // tokens.context_size)
-    evaluation = CrossEntropy(model, tokens.first(n_contexts))
     clean = evaluation.clean()
     losses: dict[Key, dict[str, float]] = {}
     for hook_name in bank.hooks:
@@ -168,8 +164,8 @@ def _row(
 
 def _layer(hook_name: str, rows: list[Row], sparsity: Mapping[Key, SparsityCounts]) -> Layer:
     own = [row for row in rows if row.hook_name == hook_name]
-    alive = torch.tensor([float(row.n_alive) for row in own])
-    estimate = float(alive.median())
+    alive = [float(row.n_alive) for row in own]
+    estimate = statistics.median(alive)
     n_neurons = own[0].n_neurons
     loads = [
         float(torch.special.entr(counts.density).sum()) / n_neurons
@@ -181,12 +177,12 @@ def _layer(hook_name: str, rows: list[Row], sparsity: Mapping[Key, SparsityCount
         n_neurons=n_neurons,
         n_features={
             "estimate": estimate,
-            "low": float(alive.min()),
-            "high": float(alive.max()),
+            "low": min(alive),
+            "high": max(alive),
             "method": "alive latents, the range over widths and seeds; not calibrated",
         },
         features_per_neuron=features_per_neuron(estimate, n_neurons),
         coverage=None,
-        load=float(torch.tensor(loads).median()),
+        load=statistics.median(loads),
         identifiable=None,
     )

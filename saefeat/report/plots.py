@@ -31,7 +31,8 @@ def density_histograms(report: Report) -> "Figure":
         for name, density in report.densities.items():
             if name.rsplit("/", 1)[0] != hook_name:
                 continue
-            alive = density[density > 0].log10().numpy()
+            # In float32 a latent that fired once can come out a last digit below the first bin.
+            alive = density[density > 0].double().log10().numpy().clip(lowest, 0)
             dead.append(f"{len(density) - len(alive)} of {len(density):,}")
             panel.hist(alive, bins=bins, histtype="step", label=name.rsplit("/", 1)[1])
         panel.set_title(hook_name, fontsize=10)

@@ -15,7 +15,7 @@ from saefeat.training.learner import Learner, Scratch
 from saefeat.training.normalisation import ActivationScale, geometric_median
 
 INITIAL_ROWS = 4096
-"""Rows of the first batch that the geometric median is taken over."""
+"""Rows of the first batch that dictionaries are initialised from."""
 
 
 class BankLearner:
@@ -112,11 +112,12 @@ class BankLearner:
                 "there is nothing to learn. Check that the hook point is not a constant (a bias, "
                 "a masked position) and that the batch has more than one row."
             )
-        centre = geometric_median(x[:INITIAL_ROWS])
+        sample = x[:INITIAL_ROWS]
+        centre = geometric_median(sample)
         for (_, _, seed), learner in self.learners[hook_name].items():
             generator = torch.Generator()
             generator.manual_seed(_initial_seed(hook_name, learner.dictionary.d_sae, seed))
-            learner.dictionary.initialise(generator, centre)
+            learner.dictionary.initialise(generator, centre, sample)
 
 
 def _initial_seed(hook_name: str, d_sae: int, seed: int) -> int:
