@@ -14,8 +14,10 @@ from saefeat.report.measure import measure
 from saefeat.report.record import Report
 from saefeat.training.trainer import train
 
-HELD_OUT_TOKENS = 16_384
+HELD_OUT_TOKENS = 8_192
 """Tokens that everything but the loss is measured on, or a quarter of the training if fewer."""
+CE_TOKENS = 2_048
+"""Tokens that the loss is measured on, each read once a dictionary and once a hook."""
 CONTEXT_SIZE = 128
 """Tokens in a context, or as many as the model reads if fewer."""
 
@@ -83,7 +85,14 @@ def run_demo(
         out=out / "run",
         progress=progress,
     )
-    report = measure(bank, stream, n_tokens=n_held_out, model=language_model)
+    report = measure(
+        bank,
+        stream,
+        n_tokens=n_held_out,
+        model=language_model,
+        ce_tokens=CE_TOKENS,
+        progress=progress,
+    )
     report.save(out / "report")
     return report
 

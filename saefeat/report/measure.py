@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import saefeat
 from saefeat.activations.stream import ActivationStream
@@ -27,6 +28,7 @@ def measure(
     model: Any = None,
     ce_tokens: int = 4096,
     ablation: str = "zero",
+    progress: bool = True,
 ) -> Report:
     """Measure every dictionary on the same held-out tokens.
 
@@ -41,6 +43,7 @@ def measure(
             once for each dictionary, once for each hook, and once clean.
         ablation: What a hook's activations are replaced by for the loss that a dictionary
             recovers from: "zero", or "mean" for their mean over the held-out tokens.
+        progress: Whether to draw progress bars on standard error.
 
     Returns:
         A report with a row for each dictionary, in the order of the bank.
@@ -69,8 +72,10 @@ def measure(
     fidelity = {key: FidelitySums() for key in bank}
     row_sums = {name: torch.zeros(stream.widths[name], dtype=torch.float64) for name in bank.hooks}
     n_seen = 0
+    bar = tqdm(unit="tok", desc="measuring", disable=not progress)
     for batch in stream.held_out_batches(n_tokens):
         n_seen += len(next(iter(batch.values())))
+        bar.update(n_seen - bar.n)
         for hook_name in bank.hooks:
             x = batch[hook_name].cpu().float()
             row_sums[hook_name] += x.double().sum(0)
@@ -79,13 +84,14 @@ def measure(
                     codes = dictionary.encode(x)
                     sparsity[key].update(codes)
                     fidelity[key].update(x, dictionary.decode(codes))
+    bar.close()
     losses: dict[Key, dict[str, float]] = {}
     cross_entropy = None
     if model is not None and stream.held_out_tokens is not None:
         n_contexts = max(1, ce_tokens // stream.held_out_tokens.context_size)
         evaluation = CrossEntropy(model, stream.held_out_tokens.first(n_contexts))
         means = {name: (total / n_seen).float() for name, total in row_sums.items()}
-        losses, cross_entropy = _losses(bank, evaluation, ablation, means)
+        losses, cross_entropy = _losses(bank, evaluation, ablation, means, progress)
     rows = [
         _row(key, dictionary, sparsity[key], fidelity[key], losses.get(key, {}))
         for key, dictionary in bank.items()
@@ -106,11 +112,15 @@ def measure(
 
 
 def _losses(
-    bank: Bank, evaluation: CrossEntropy, ablation: str, means: Mapping[str, Tensor]
+    bank: Bank,
+    evaluation: CrossEntropy,
+    ablation: str,
+    means: Mapping[str, Tensor],
+    progress: bool,
 ) -> tuple[dict[Key, dict[str, float]], dict[str, Any]]:
     clean = evaluation.clean()
     losses: dict[Key, dict[str, float]] = {}
-    for hook_name in bank.hooks:
+    for hook_name in tqdm(bank.hooks, desc="loss recovered", unit="hook", disable=not progress):
         mean = means[hook_name] if ablation == "mean" else torch.zeros_like(means[hook_name])
         ablated = evaluation.replaced(hook_name, mean.expand_as)
         for key, dictionary in bank.items():

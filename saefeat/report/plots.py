@@ -39,6 +39,7 @@ def density_histograms(report: Report) -> "Figure":
         panel.set_xlabel("log10 density")
         panel.set_ylabel("latents")
         panel.tick_params(labelbottom=True)
+        panel.margins(y=0.2)  # room for the note
         note = "never fired: " + (", ".join(dead) if len(dead) <= 2 else f"{len(dead)} counts")
         panel.text(0.03, 0.95, note, transform=panel.transAxes, va="top", fontsize=8)
         if len(dead) > 1:

@@ -1,0 +1,111 @@
+"""The command line as a shell sees it: exit codes, one line on an error, and files at the end."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny_models import VOCABULARY, save_tiny_llama
+
+import saefeat as sf
+
+
+@pytest.fixture(scope="module")
+def local_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
+    save_tiny_llama(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(40):
+        words = [f"w{3 + (i * i + number * i) % (VOCABULARY - 3)}" for i in range(200)]
+        (folder / f"{number}.txt").write_text(" ".join(words))
+    return folder
+
+
+def saefeat(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "saefeat", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def test_the_demo_writes_dictionaries_and_a_report_and_says_where(local_model, text, tmp_path):
+    out = tmp_path / "out"
+    options = ("--model", local_model, "--text", text, "--layers", 3, "--tokens", 3000)
+    finished = saefeat("demo", *options, "--out", out)
+    assert finished.returncode == 0, finished.stderr
+    report = sf.Report.load(out / "report")
+    assert [row.layer for row in report.rows] == [0, 1, 2]
+    assert str(report) in finished.stdout
+    assert "not a count of features" in finished.stdout
+    assert f"{out}/report/report.json" in finished.stdout
+    assert set(sf.Bank.load(out / "run")) == {(row.hook_name, 4.0, 0) for row in report.rows}
+    assert json.loads((out / "run" / "config.json").read_text())["n_tokens"] == 3000
+    # A second run finds the folder taken, and leaves what is in it alone.
+    before = (out / "report" / "report.json").read_bytes()
+    again = saefeat("demo", *options, "--out", out)
+    assert_refused(again, "never overwrites")
+    assert (out / "report" / "report.json").read_bytes() == before
+
+
+def assert_refused(finished, message):
+    assert finished.returncode == 2
+    (line,) = finished.stderr.strip().splitlines()
+    assert line.startswith("saefeat: ")
+    assert message in line
+    assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--tokens", "three"], "invalid"),
+        (["demo", "--colour", "red"], "--colour"),
+        (["dmeo"], "dmeo"),
+        (["demo", "--tokens", "3"], "too few"),
+        (["demo", "--model", "./nowhere", "--out", "unmade"], "no model folder at ./nowhere"),
+    ],
+)
+def test_a_bad_option_is_one_line_and_exit_code_2(arguments, message):
+    assert_refused(saefeat(*arguments), message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers", "9", "--text", "{text}"], "3 layers"),
+        (["--layers", "0", "7", "--text", "{text}"], "no layer 7"),
+        (["--layers", "2", "--text", "{empty}"], "0 tokens"),
+        (["--layers", "2", "--text", "{short}"], "context"),
+        (["--layers", "2", "--text", "{text}/absent.txt"], "absent.txt"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_left(local_model, text, tmp_path, arguments, message):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("w3 w4 w5")
+    places = {"text": text, "empty": tmp_path / "empty.txt", "short": tmp_path / "short.txt"}
+    filled = [argument.format(**places) for argument in arguments]
+    out = tmp_path / "out"
+    finished = saefeat("demo", "--model", local_model, "--tokens", 200, "--out", out, *filled)
+    assert_refused(finished, message)
+    assert not out.exists()
+
+
+def test_debug_shows_the_traceback():
+    finished = saefeat("--debug", "demo", "--tokens", "3")
+    assert finished.returncode != 0
+    assert "Traceback" in finished.stderr
+
+
+def test_help_shows_defaults_and_an_example():
+    finished = saefeat("demo", "--help")
+    assert finished.returncode == 0
+    assert "smollm2-135m" in finished.stdout
+    assert "Example: saefeat demo" in finished.stdout
