@@ -248,5 +248,16 @@ def test_files_that_are_no_text_are_named(tokenizer: Any, tmp_path: Path) -> Non
         load_tokens(tmp_path, tokenizer, pattern="*.txt")
 
 
+def test_a_file_that_is_no_text_among_others_is_left_out_with_a_warning(
+    tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "latin-1.txt").write_bytes("w3 é w4".encode("latin-1"))
+    (tmp_path / "text.txt").write_text("w3 w4 w5 w6 w7 w8 w9 w10")
+    tokens = load_tokens(tmp_path, tokenizer, context_size=4)
+    assert tokens.n_contexts == 2
+    assert "Left out" in caplog.text
+    assert "latin-1.txt is not UTF-8" in caplog.text
+
+
 def test_the_parts_of_tokens_are_tokens() -> None:
     assert isinstance(load_tokens(token_ids(4, 8)).train, Tokens)

@@ -1,5 +1,6 @@
 """Documents, one after the other, from whatever holds them: files, lists, data sets."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import numpy.typing as npt
 # end when its first page is enough, and in batches, which tokenizers work through in parallel.
 PIECE_CHARACTERS = 1 << 16
 BATCH_CHARACTERS = 1 << 18
+
+logger = logging.getLogger(__name__)
 
 Document = str | Sequence[int]
 
@@ -30,12 +33,23 @@ def iterate_documents(
     Raises:
         FileNotFoundError: There is no such file, or no file in the folder matches.
         TypeError: `source` is no source of documents.
-        ValueError: A file is not UTF-8 text, or a row has neither column.
+        ValueError: A file is not UTF-8 text, or a row has neither column. In a folder such a
+            file is left out, with a warning in the log, unless no file is text.
     """
     if isinstance(source, str | Path):
         paths = _files(source, pattern)
+        n_read, unreadable = 0, None
         for index in _shuffled(len(paths), seed):
-            yield _read_text(paths[index])
+            try:
+                text = _read_text(paths[index])
+            except ValueError as error:
+                unreadable = error
+                logger.warning("Left out: %s", error)
+                continue
+            n_read += 1
+            yield text
+        if n_read == 0 and unreadable is not None:
+            raise unreadable
     elif isinstance(source, Mapping) or not hasattr(source, "__iter__"):
         splits = f" with the keys {list(source)}" if isinstance(source, Mapping) else ""
         raise TypeError(
@@ -119,8 +133,8 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not UTF-8 text ({error}). In a folder, choose the files that are text by "
-            "pattern, such as pattern='**/*.txt'."
+            f"{path} is not UTF-8 text ({error}). Convert it, or in a folder choose the files that "
+            "are text by pattern, such as pattern='**/*.txt'."
         ) from error
 
 

@@ -1,12 +1,16 @@
 """The auxiliary loss that brings dead latents back (AuxK, Gao et al. 2024, arXiv:2406.04093)."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saefeat.dictionaries.base import Dictionary, DictionaryConfig, StepContext
+from saefeat.dictionaries.base import DictionaryConfig, StepContext
+
+if TYPE_CHECKING:
+    from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,10 +24,10 @@ class AuxiliaryConfig(DictionaryConfig):
 
 
 def auxiliary_loss(
-    dictionary: Dictionary,
+    dictionary: "SparseAutoencoder",
     auxiliary_k: int | None,
     x: Float[Tensor, "n d_in"],
-    residual: Float[Tensor, "n d_in"],
+    residual: Float[Tensor, "n d_out"],
     context: StepContext,
 ) -> Float[Tensor, ""]:
     """How badly the dead latents alone predict what the live ones left over.
@@ -39,7 +43,7 @@ def auxiliary_loss(
     n_rows = max(1, len(x) // 4)
     target = residual[:n_rows].detach()
     dead = context.dead.nonzero().squeeze(1)
-    centred = x[:n_rows] - dictionary.b_dec.detach()
+    centred = dictionary.centred(x[:n_rows]).detach()
     scores = centred @ dictionary.encoder[dead].T + dictionary.b_enc[dead]
     k = auxiliary_k or max(1, dictionary.d_in // 2)
     if len(dead) > k:

@@ -1,7 +1,7 @@
 """What every dictionary is: a way to encode activations sparsely, and rows that decode them.
 
-Shape letters used in this room: n rows (tokens), d_in input width, d_sae latents, nnz stored
-entries of sparse codes.
+Shape letters used in this room: n rows (tokens), d_in input width, d_out width of what is
+reconstructed (d_in again, but for transcoders), d_sae latents, nnz stored entries of sparse codes.
 """
 
 from abc import ABC, abstractmethod
@@ -42,6 +42,8 @@ class Origin:
 
     hook_name: str = ""
     """The hook point that it reads."""
+    target_hook_name: str | None = None
+    """The hook point that a transcoder predicts; None for a dictionary of what it reads."""
     model_name: str | None = None
     """The language model; None for activations of no known model."""
     expansion_factor: float | None = None
@@ -69,7 +71,7 @@ class StepContext:
     progress: float
     """Share of the training that is done, from 0 to 1."""
     variance: Float[Tensor, ""]
-    """Sum over the batch of the squared distance to its mean, the unit of the loss."""
+    """Sum over the batch of the target's squared distance to its mean, the unit of the loss."""
     dead: Bool[Tensor, " d_sae"]
     """Latents that have not fired for `dead_after_tokens`."""
     n_dead: int
@@ -86,20 +88,26 @@ class StepLoss:
     """Detached 0-d parts of it by name, for the log."""
     codes: Codes
     """The codes of the batch, for counting which latents fired."""
-    residual: Float[Tensor, "n d_in"]
+    residual: Float[Tensor, "n d_out"]
     """What the reconstruction left over, detached, for restarting dead latents at it."""
 
 
 class Dictionary(nn.Module, ABC):
     """A sparse dictionary over the activations of one hook point.
 
-    Weights are held latent by latent, `[d_sae, d_in]`, since every sparse product reads or
-    writes whole rows of them; `W_enc` is the transpose that SAELens and the papers call by
-    that name. A dictionary that training hands out reads raw activations of the model: the
-    factor by which they were scaled during training is folded into its biases.
+    Weights are held latent by latent, `[d_sae, d_out]`, since every sparse product reads or
+    writes whole rows of them. A dictionary that training hands out reads raw activations of the
+    model: the factor by which they were scaled during training is folded into its weights.
+
+    Args:
+        config: Its recipe.
+        d_in: Width of what it reads.
+        d_sae: Number of latents.
+        origin: Where it comes from.
+        d_out: Width of what a transcoder predicts; None for a dictionary of what it reads.
 
     Raises:
-        ValueError: `d_in` or `d_sae` is below 1.
+        ValueError: A width is below 1.
     """
 
     architecture: ClassVar[str]
@@ -110,52 +118,47 @@ class Dictionary(nn.Module, ABC):
     """Whether training points dead latents at what is badly reconstructed (`restart`)."""
 
     def __init__(
-        self, config: DictionaryConfig, d_in: int, d_sae: int, origin: Origin | None = None
+        self,
+        config: DictionaryConfig,
+        d_in: int,
+        d_sae: int,
+        origin: Origin | None = None,
+        d_out: int | None = None,
     ) -> None:
         super().__init__()
-        if d_in < 1 or d_sae < 1:
+        self.is_transcoder = d_out is not None
+        self.d_out = d_in if d_out is None else d_out
+        if d_in < 1 or d_sae < 1 or self.d_out < 1:
             raise ValueError(
-                f"A dictionary needs d_in >= 1 and d_sae >= 1, got d_in={d_in} and d_sae={d_sae}. "
-                "An expansion factor below 1 / d_in gives no latents."
+                f"A dictionary needs widths of at least 1, got d_in={d_in}, d_out={self.d_out} "
+                f"and d_sae={d_sae}. An expansion factor below 1 / d_in gives no latents."
             )
         self.config = config
         self.origin = origin or Origin()
         self.d_in = d_in
         self.d_sae = d_sae
-        self.encoder = nn.Parameter(torch.zeros(d_sae, d_in))
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, self.d_out))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
 
     @property
     def hook_name(self) -> str:
         """The hook point that it reads."""
         return self.origin.hook_name
 
-    @property
-    def W_enc(self) -> Float[Tensor, "d_in d_sae"]:  # noqa: N802 - the papers' name
-        """The encoder, one column for each latent."""
-        return self.encoder.T
-
     @torch.no_grad()
     def initialise(
         self,
         generator: torch.Generator,
-        centre: Float[Tensor, " d_in"],
+        centre: Float[Tensor, " d_out"],
         sample: Float[Tensor, "n d_in"],
+        target: Float[Tensor, "n d_out"],
     ) -> None:
-        """Draw unit decoder rows, tie the encoder to them, and start from `centre`.
+        """Draw unit decoder rows and start the decoder bias at `centre`, that of the target.
 
-        `sample` holds scaled activations, for kinds that start from a chosen sparsity.
-
-        The encoder starts as the decoder's transpose and the decoder bias at a robust centre of
-        the data, after Gao et al. 2024 (arXiv:2406.04093), appendix A.
+        `sample` and `target` hold scaled activations; a dictionary of what it reads gets the
+        same twice.
         """
-        rows = torch.randn(self.d_sae, self.d_in, generator=generator)
-        rows /= rows.norm(dim=1, keepdim=True)
-        self.W_dec.copy_(rows)
-        self.encoder.copy_(rows)
-        self.b_enc.zero_()
+        self.W_dec.copy_(random_unit_rows(self.d_sae, self.d_out, generator))
         self.b_dec.copy_(centre)
 
     @abstractmethod
@@ -166,7 +169,7 @@ class Dictionary(nn.Module, ABC):
             ValueError: `x` is not a matrix of width `d_in`.
         """
 
-    def decode(self, codes: Codes) -> Float[Tensor, "n d_in"]:
+    def decode(self, codes: Codes) -> Float[Tensor, "n d_out"]:
         """`codes @ W_dec + b_dec`.
 
         Raises:
@@ -179,38 +182,34 @@ class Dictionary(nn.Module, ABC):
             )
         return stock.product(codes.pattern, codes.values, self.W_dec) + self.b_dec
 
-    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "n d_in"]:
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "n d_out"]:
         """`decode(encode(x))`."""
         return self.decode(self.encode(x))
 
     @abstractmethod
-    def training_loss(self, x: Float[Tensor, "n d_in"], context: StepContext) -> StepLoss:
+    def training_loss(
+        self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], context: StepContext
+    ) -> StepLoss:
         """The loss of one batch of scaled activations, ready for `backward`."""
 
     @torch.no_grad()
-    def restart(self, latents: Int[Tensor, " m"], directions: Float[Tensor, "m d_in"]) -> None:
-        """Begin latents anew at unit `directions`, with encoders weak enough not to disturb.
-
-        Bricken et al. 2023, appendix on neuron resampling: the encoder row gets a fifth of the
-        mean length of the others.
-        """
-        others = torch.ones(self.d_sae, dtype=torch.bool, device=latents.device)
-        others[latents] = False
-        length = self.encoder[others].norm(dim=1).mean() if others.any() else 1.0
+    def restart(
+        self,
+        latents: Int[Tensor, " m"],
+        directions: Float[Tensor, "m d_out"],
+        x: Float[Tensor, "m d_in"],
+    ) -> None:
+        """Begin latents anew at unit `directions`, what is missing from the rows of `x`."""
         self.W_dec[latents] = directions
-        self.encoder[latents] = 0.2 * length * directions
-        self.b_enc[latents] = 0.0
 
     @torch.no_grad()
-    def fold_scale(self, scale: float) -> None:
-        """Turn a dictionary of `scale * x` into the one of `x` with the same latents.
+    def fold_scale(self, scale: float, target_scale: float) -> None:
+        """Turn what predicts `target_scale * target` from `scale * x` into what needs no scales.
 
-        Pre-activations of `scale * x` are `scale` times those of `x` once both biases are
-        divided by `scale`, and neither ReLU nor a ranking minds the factor. Both weight
-        matrices stay as they are.
+        The same latents are on, `target_scale` times as weak, so that decoder rows keep their
+        length. The two are one number unless this is a transcoder.
         """
-        self.b_enc.div_(scale)
-        self.b_dec.div_(scale)
+        self.b_dec.div_(target_scale)
 
     @torch.no_grad()
     def drop_parallel_gradient(self) -> None:
@@ -237,12 +236,7 @@ class Dictionary(nn.Module, ABC):
 
     def file_tensors(self) -> dict[str, Tensor]:
         """Its weights by SAELens's names."""
-        return {
-            "W_enc": self.W_enc,
-            "b_enc": self.b_enc,
-            "W_dec": self.W_dec,
-            "b_dec": self.b_dec,
-        }
+        return {"W_dec": self.W_dec, "b_dec": self.b_dec}
 
     @torch.no_grad()
     def fill(self, tensors: dict[str, Tensor]) -> None:
@@ -263,7 +257,8 @@ class Dictionary(nn.Module, ABC):
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.hook_name!r}, d_in={self.d_in}, d_sae={self.d_sae}"
+        predicted = f" -> {self.origin.target_hook_name!r}" if self.is_transcoder else ""
+        return f"{self.hook_name!r}{predicted}, d_in={self.d_in}, d_sae={self.d_sae}"
 
     def _checked(self, x: Tensor) -> Float[Tensor, "n d_in"]:
         if x.ndim != 2 or x.shape[1] != self.d_in:
@@ -273,6 +268,12 @@ class Dictionary(nn.Module, ABC):
                 "activations are of the hook that the dictionary was trained on."
             )
         return x.to(self.W_dec.dtype)
+
+
+def random_unit_rows(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
+    """Directions drawn evenly from the sphere."""
+    rows = torch.randn(n, d, generator=generator)
+    return torch.nn.functional.normalize(rows, dim=1)
 
 
 def peak_learning_rate(config: DictionaryConfig, d_sae: int) -> float:

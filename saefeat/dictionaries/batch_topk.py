@@ -42,9 +42,14 @@ class BatchTopK(SparseAutoencoder):
     threshold_weight: Float[Tensor, ""]
 
     def __init__(
-        self, config: BatchTopKConfig, d_in: int, d_sae: int, origin: Origin | None = None
+        self,
+        config: BatchTopKConfig,
+        d_in: int,
+        d_sae: int,
+        origin: Origin | None = None,
+        d_out: int | None = None,
     ) -> None:
-        super().__init__(config, d_in, d_sae, origin)
+        super().__init__(config, d_in, d_sae, origin, d_out)
         check_k(config.k, d_sae)
         self.register_buffer("threshold_sum", torch.zeros(()))
         self.register_buffer("threshold_weight", torch.zeros(()))
@@ -69,13 +74,13 @@ class BatchTopK(SparseAutoencoder):
         return pattern
 
     @torch.no_grad()
-    def fold_scale(self, scale: float) -> None:
+    def fold_scale(self, scale: float, target_scale: float) -> None:
         """Also divides the threshold."""
-        super().fold_scale(scale)
-        self.threshold_sum.div_(scale)
+        super().fold_scale(scale, target_scale)
+        self.threshold_sum.div_(target_scale)
 
     @property
-    def sae_lens_architecture(self) -> str:
+    def sae_lens_kind(self) -> str:
         """SAELens has no BatchTopK for inference: it is a JumpReLU of one threshold."""
         return "jumprelu"
 

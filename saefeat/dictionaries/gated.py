@@ -34,9 +34,14 @@ class Gated(SparseAutoencoder):
     config: GatedConfig
 
     def __init__(
-        self, config: GatedConfig, d_in: int, d_sae: int, origin: Origin | None = None
+        self,
+        config: GatedConfig,
+        d_in: int,
+        d_sae: int,
+        origin: Origin | None = None,
+        d_out: int | None = None,
     ) -> None:
-        super().__init__(config, d_in, d_sae, origin)
+        super().__init__(config, d_in, d_sae, origin, d_out)
         self.r_mag = nn.Parameter(torch.zeros(d_sae))
         self.b_mag = nn.Parameter(torch.zeros(d_sae))
         self.penalty = Penalty(config)
@@ -45,11 +50,12 @@ class Gated(SparseAutoencoder):
     def initialise(
         self,
         generator: torch.Generator,
-        centre: Float[Tensor, " d_in"],
+        centre: Float[Tensor, " d_out"],
         sample: Float[Tensor, "n d_in"],
+        target: Float[Tensor, "n d_out"],
     ) -> None:
         """Also lowers both encoder biases until `initial_l0` latents are on."""
-        super().initialise(generator, centre, sample)
+        super().initialise(generator, centre, sample, target)
         threshold = initial_threshold(self.scores(sample), self.config.initial_l0)
         self.b_enc.sub_(threshold)
         self.b_mag.sub_(threshold)
@@ -79,7 +85,7 @@ class Gated(SparseAutoencoder):
         self,
         scores: Float[Tensor, " nnz"],
         codes: Codes,
-        x: Float[Tensor, "n d_in"],
+        target: Float[Tensor, "n d_out"],
         context: StepContext,
     ) -> dict[str, Float[Tensor, ""]]:
         """The L1 penalty on open gates, and the reconstruction from them that trains them."""
@@ -87,24 +93,29 @@ class Gated(SparseAutoencoder):
         coefficient = self.penalty.step(codes, context)
         norms = self.W_dec.norm(dim=1)[codes.latents]
         decoder, b_dec = self.W_dec.detach(), self.b_dec.detach()
-        residual = x - sparse_decode(context.kernels, gates, decoder, b_dec)
+        residual = target - sparse_decode(context.kernels, gates, decoder, b_dec)
         return {
             "l1": coefficient * (gates.values * norms).sum() / context.variance,
             "gate_fvu": residual.square().sum() / context.variance,
         }
 
     @torch.no_grad()
-    def restart(self, latents: Int[Tensor, " m"], directions: Float[Tensor, "m d_in"]) -> None:
-        """Also begins their magnitudes anew."""
-        super().restart(latents, directions)
+    def restart(
+        self,
+        latents: Int[Tensor, " m"],
+        directions: Float[Tensor, "m d_out"],
+        x: Float[Tensor, "m d_in"],
+    ) -> None:
+        """Also begins their magnitudes anew, equal to their gates."""
+        super().restart(latents, directions, x)
         self.r_mag[latents] = 0.0
-        self.b_mag[latents] = 0.0
+        self.b_mag[latents] = self.b_enc[latents]
 
     @torch.no_grad()
-    def fold_scale(self, scale: float) -> None:
+    def fold_scale(self, scale: float, target_scale: float) -> None:
         """Also divides the bias of the magnitudes."""
-        super().fold_scale(scale)
-        self.b_mag.div_(scale)
+        super().fold_scale(scale, target_scale)
+        self.b_mag.div_(target_scale)
 
     def file_tensors(self) -> dict[str, Tensor]:
         """SAELens's names, in which b_enc is b_gate."""

@@ -56,9 +56,14 @@ class JumpReLU(SparseAutoencoder):
     config: JumpReLUConfig
 
     def __init__(
-        self, config: JumpReLUConfig, d_in: int, d_sae: int, origin: Origin | None = None
+        self,
+        config: JumpReLUConfig,
+        d_in: int,
+        d_sae: int,
+        origin: Origin | None = None,
+        d_out: int | None = None,
     ) -> None:
-        super().__init__(config, d_in, d_sae, origin)
+        super().__init__(config, d_in, d_sae, origin, d_out)
         if config.bandwidth <= 0:
             raise ValueError(f"JumpReLU needs bandwidth > 0, got {config.bandwidth}.")
         if config.sparsity_loss not in ("step", "tanh_quadratic"):
@@ -78,11 +83,12 @@ class JumpReLU(SparseAutoencoder):
     def initialise(
         self,
         generator: torch.Generator,
-        centre: Float[Tensor, " d_in"],
+        centre: Float[Tensor, " d_out"],
         sample: Float[Tensor, "n d_in"],
+        target: Float[Tensor, "n d_out"],
     ) -> None:
         """Also sets all thresholds to where `initial_l0` latents are on."""
-        super().initialise(generator, centre, sample)
+        super().initialise(generator, centre, sample, target)
         threshold = initial_threshold(self.scores(sample), self.config.initial_l0)
         self.log_threshold.fill_(threshold.clamp_min(MIN_INITIAL_THRESHOLD).log())
 
@@ -111,7 +117,7 @@ class JumpReLU(SparseAutoencoder):
         self,
         scores: Float[Tensor, " nnz"],
         codes: Codes,
-        x: Float[Tensor, "n d_in"],
+        target: Float[Tensor, "n d_out"],
         context: StepContext,
     ) -> dict[str, Float[Tensor, ""]]:
         """The smooth or the exact count of the latents that are on."""
@@ -122,21 +128,26 @@ class JumpReLU(SparseAutoencoder):
         else:
             norms = self.W_dec.norm(dim=1)[codes.latents]
             smooth = torch.tanh(self.config.tanh_scale * codes.values * norms)
-            often = context.kernels.latent_sums(codes.pattern, smooth) / len(x)
-            count = len(x) * (often * (1 + often / self.config.frequent)).sum()
+            often = context.kernels.latent_sums(codes.pattern, smooth) / codes.n_rows
+            count = codes.n_rows * (often * (1 + often / self.config.frequent)).sum()
         return {"sparsity": coefficient * count / context.variance}
 
     @torch.no_grad()
-    def restart(self, latents: Int[Tensor, " m"], directions: Float[Tensor, "m d_in"]) -> None:
+    def restart(
+        self,
+        latents: Int[Tensor, " m"],
+        directions: Float[Tensor, "m d_out"],
+        x: Float[Tensor, "m d_in"],
+    ) -> None:
         """Also brings their thresholds down to the lowest of the others."""
-        super().restart(latents, directions)
+        super().restart(latents, directions, x)
         self.log_threshold[latents] = self.log_threshold.min()
 
     @torch.no_grad()
-    def fold_scale(self, scale: float) -> None:
+    def fold_scale(self, scale: float, target_scale: float) -> None:
         """Also divides the thresholds."""
-        super().fold_scale(scale)
-        self.log_threshold.sub_(math.log(scale))
+        super().fold_scale(scale, target_scale)
+        self.log_threshold.sub_(math.log(target_scale))
 
     def file_tensors(self) -> dict[str, Tensor]:
         """SAELens writes the threshold itself."""

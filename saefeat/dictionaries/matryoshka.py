@@ -41,9 +41,14 @@ class Matryoshka(BatchTopK):
     config: MatryoshkaConfig
 
     def __init__(
-        self, config: MatryoshkaConfig, d_in: int, d_sae: int, origin: Origin | None = None
+        self,
+        config: MatryoshkaConfig,
+        d_in: int,
+        d_sae: int,
+        origin: Origin | None = None,
+        d_out: int | None = None,
     ) -> None:
-        super().__init__(config, d_in, d_sae, origin)
+        super().__init__(config, d_in, d_sae, origin, d_out)
         fractions, weights = config.prefix_fractions, config.prefix_weights
         self.prefixes = [round(fraction * d_sae) for fraction in fractions]
         rising = all(low < high for low, high in pairwise([0, *self.prefixes]))
@@ -54,11 +59,11 @@ class Matryoshka(BatchTopK):
             )
 
     def reconstruct(
-        self, codes: Codes, x: Float[Tensor, "n d_in"], context: StepContext
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, "n d_in"]]:
+        self, codes: Codes, target: Float[Tensor, "n d_out"], context: StepContext
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "n d_out"]]:
         """The weighted losses of all prefixes, and the residual of the last."""
         weights = self.config.prefix_weights
-        residual = x - self.b_dec
+        residual = target - self.b_dec
         loss = residual.new_zeros(())
         nothing = torch.zeros_like(self.b_dec)
         for low, high, weight in zip([0, *self.prefixes], self.prefixes, weights, strict=False):

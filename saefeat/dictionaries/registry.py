@@ -4,11 +4,20 @@ from saefeat.dictionaries.base import Dictionary, DictionaryConfig
 from saefeat.dictionaries.batch_topk import BatchTopK
 from saefeat.dictionaries.gated import Gated
 from saefeat.dictionaries.jump_relu import JumpReLU
+from saefeat.dictionaries.matching_pursuit import MatchingPursuit
 from saefeat.dictionaries.matryoshka import Matryoshka
 from saefeat.dictionaries.standard import Standard
 from saefeat.dictionaries.topk import TopK
 
-KINDS: tuple[type[Dictionary], ...] = (Standard, Gated, TopK, BatchTopK, JumpReLU, Matryoshka)
+KINDS: tuple[type[Dictionary], ...] = (
+    Standard,
+    Gated,
+    TopK,
+    BatchTopK,
+    JumpReLU,
+    Matryoshka,
+    MatchingPursuit,
+)
 
 ARCHITECTURES: dict[str, type[Dictionary]] = {kind.architecture: kind for kind in KINDS}
 

@@ -90,7 +90,8 @@ def load_dictionary(folder: str | Path) -> Dictionary:
     origin = _build(Origin, own["origin"], folder)
     try:
         d_in, d_sae = int(written["d_in"]), int(written["d_sae"])
-        dictionary = kind(config, d_in, d_sae, origin)
+        d_out = None if written.get("d_out") is None else int(written["d_out"])
+        dictionary = kind(config, d_in, d_sae, origin, d_out)
     except KeyError as error:
         raise ValueError(f"{folder / 'cfg.json'} lacks the key {error}.") from error
     _fill(dictionary, read_tensors(folder / "sae_weights.safetensors"), folder)
@@ -105,7 +106,6 @@ def _sae_lens_config(dictionary: Dictionary) -> dict[str, object]:
         "d_sae": dictionary.d_sae,
         "dtype": str(dictionary.W_dec.dtype).removeprefix("torch."),
         "device": "cpu",
-        "apply_b_dec_to_input": True,
         "normalize_activations": "none",
         "reshape_activations": "none",
         **dictionary.sae_lens_fields,

@@ -33,20 +33,26 @@ class Standard(SparseAutoencoder):
     config: StandardConfig
 
     def __init__(
-        self, config: StandardConfig, d_in: int, d_sae: int, origin: Origin | None = None
+        self,
+        config: StandardConfig,
+        d_in: int,
+        d_sae: int,
+        origin: Origin | None = None,
+        d_out: int | None = None,
     ) -> None:
-        super().__init__(config, d_in, d_sae, origin)
+        super().__init__(config, d_in, d_sae, origin, d_out)
         self.penalty = Penalty(config)
 
     @torch.no_grad()
     def initialise(
         self,
         generator: torch.Generator,
-        centre: Float[Tensor, " d_in"],
+        centre: Float[Tensor, " d_out"],
         sample: Float[Tensor, "n d_in"],
+        target: Float[Tensor, "n d_out"],
     ) -> None:
         """Also lowers the encoder bias until `initial_l0` latents are on."""
-        super().initialise(generator, centre, sample)
+        super().initialise(generator, centre, sample, target)
         self.b_enc.sub_(initial_threshold(self.scores(sample), self.config.initial_l0))
 
     def encode(self, x: Float[Tensor, "..."]) -> Codes:
@@ -61,7 +67,7 @@ class Standard(SparseAutoencoder):
         self,
         scores: Float[Tensor, " nnz"],
         codes: Codes,
-        x: Float[Tensor, "n d_in"],
+        target: Float[Tensor, "n d_out"],
         context: StepContext,
     ) -> dict[str, Float[Tensor, ""]]:
         """The L1 penalty."""

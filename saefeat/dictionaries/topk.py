@@ -35,9 +35,14 @@ class TopK(SparseAutoencoder):
     restarts_dead_latents = False
 
     def __init__(
-        self, config: TopKConfig, d_in: int, d_sae: int, origin: Origin | None = None
+        self,
+        config: TopKConfig,
+        d_in: int,
+        d_sae: int,
+        origin: Origin | None = None,
+        d_out: int | None = None,
     ) -> None:
-        super().__init__(config, d_in, d_sae, origin)
+        super().__init__(config, d_in, d_sae, origin, d_out)
         check_k(config.k, d_sae)
 
     def encode(self, x: Float[Tensor, "..."]) -> Codes:
@@ -51,7 +56,12 @@ class TopK(SparseAutoencoder):
 
     @property
     def sae_lens_fields(self) -> dict[str, object]:
-        return {"k": self.config.k, "rescale_acts_by_decoder_norm": False}
+        """Also k; a latent's rank is that of its score, whatever the length of its row."""
+        return {
+            **super().sae_lens_fields,
+            "k": self.config.k,
+            "rescale_acts_by_decoder_norm": False,
+        }
 
 
 def check_k(k: int, d_sae: int) -> None:

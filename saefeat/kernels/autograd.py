@@ -88,7 +88,9 @@ class _SparseDecode(torch.autograd.Function):
         return (
             None,
             None,
-            ctx.kernels.sampled_product(ctx.pattern, gradient, decoder),
+            ctx.kernels.sampled_product(ctx.pattern, gradient, decoder)
+            if ctx.needs_input_grad[2]
+            else None,
             ctx.kernels.transposed_product(ctx.pattern, values, gradient),
             gradient.sum(0),
         )

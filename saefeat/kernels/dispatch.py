@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saefeat.kernels import eager, stock
-from saefeat.kernels.codes import SparsityPattern
+from saefeat.kernels.codes import Codes, SparsityPattern
 
 
 @runtime_checkable
@@ -44,6 +44,14 @@ class Kernels(Protocol):
     def latent_sums(
         self, pattern: SparsityPattern, values: Float[Tensor, " nnz"]
     ) -> Float[Tensor, " d_sae"]: ...
+
+    def matching_pursuit(
+        self,
+        x: Float[Tensor, "n d"],
+        atoms: Float[Tensor, "d_sae d"],
+        k: int,
+        tolerance: float = 0.0,
+    ) -> Codes: ...
 
 
 BACKENDS: dict[str, Kernels] = {"eager": eager, "stock": stock}

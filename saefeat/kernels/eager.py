@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saefeat.kernels.codes import SparsityPattern
+from saefeat.kernels.codes import Codes, SparsityPattern
 
 
 def top_k(scores: Float[Tensor, "n d_sae"], k: int) -> Int[Tensor, "n k"]:
@@ -57,3 +57,36 @@ def transposed_product(
 def latent_sums(pattern: SparsityPattern, values: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
     """The column sums of C."""
     return values.new_zeros(pattern.d_sae).index_add_(0, pattern.latents, values)
+
+
+def matching_pursuit(
+    x: Float[Tensor, "n d"], atoms: Float[Tensor, "d_sae d"], k: int, tolerance: float = 0.0
+) -> Codes:
+    """Codes by non-negative orthogonal matching pursuit over atoms of length 1.
+
+    A row picks the atom that correlates most with its residual and refits all it has picked by
+    least squares, until it has `k`, nothing correlates, or the residual is shorter than
+    `tolerance` of the row. Picks that end with a negative code are dropped and the rest
+    refitted, until none is negative.
+    """
+    dense = x.new_zeros(len(x), len(atoms))
+    for row, target in zip(dense, x, strict=True):
+        picked: list[int] = []
+        values = residual = target
+        while len(picked) < k and residual.norm() > tolerance * target.norm():
+            scores = atoms @ residual
+            scores[picked] = -torch.inf
+            best = int(scores.argmax())
+            chosen = atoms[[*picked, best]].T
+            # Nothing points along the residual, or all that does was picked already.
+            if scores[best] <= 0 or torch.linalg.svdvals(chosen)[-1] < 1e-2:
+                break
+            picked.append(best)
+            values = torch.linalg.lstsq(chosen, target[:, None]).solution.squeeze(1)
+            residual = target - chosen @ values
+        while picked and (values < 0).any():
+            picked = [latent for latent, value in zip(picked, values, strict=True) if value > 0]
+            chosen = atoms[picked].T
+            values = torch.linalg.lstsq(chosen, target[:, None]).solution.squeeze(1)
+        row[picked] = values[: len(picked)]
+    return Codes.from_dense(dense)

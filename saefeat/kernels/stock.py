@@ -12,11 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from saefeat.kernels import eager
+from saefeat.kernels import eager, pursuit
 from saefeat.kernels.codes import SparsityPattern
 
 batch_top_k = eager.batch_top_k
 latent_sums = eager.latent_sums
+matching_pursuit = pursuit.matching_pursuit
 
 
 def top_k(scores: Float[Tensor, "n d_sae"], k: int) -> Int[Tensor, "n k"]:

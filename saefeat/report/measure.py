@@ -83,7 +83,9 @@ def measure(
                 if key[0] == hook_name:
                     codes = dictionary.encode(x)
                     sparsity[key].update(codes)
-                    fidelity[key].update(x, dictionary.decode(codes))
+                    predicted = dictionary.origin.target_hook_name
+                    target = x if predicted is None else batch[predicted].cpu().float()
+                    fidelity[key].update(target, dictionary.decode(codes))
     bar.close()
     losses: dict[Key, dict[str, float]] = {}
     cross_entropy = None

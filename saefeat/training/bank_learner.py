@@ -19,7 +19,17 @@ INITIAL_ROWS = 4096
 
 
 class BankLearner:
-    """Trains dictionaries that share batches; those of one hook share its normalised rows."""
+    """Trains dictionaries that share batches; those of one hook share its normalised rows.
+
+    Args:
+        dictionaries: What to train, untrained, by key.
+        targets: For transcoders, the hook that those of each hook predict.
+        n_tokens: Rows of the whole run.
+        n_steps: Steps of the whole run.
+        device: Where to compute.
+        kernels: Backend of the sparse products.
+        selection_dtype: Dtype of the dense product that only selects.
+    """
 
     def __init__(
         self,
@@ -30,8 +40,10 @@ class BankLearner:
         device: torch.device,
         kernels: Kernels,
         selection_dtype: torch.dtype,
+        targets: Mapping[str, str] | None = None,
     ) -> None:
         self.device = device
+        self.targets = targets or {}
         self.selection_dtype = selection_dtype
         self.step_number = 0
         self.n_tokens_seen = 0
@@ -40,6 +52,7 @@ class BankLearner:
         self.scales: dict[str, ActivationScale] = {}
         for key, dictionary in dictionaries.items():
             self.scales.setdefault(key[0], ActivationScale(dictionary.d_in))
+            self.scales.setdefault(self._target(key[0]), ActivationScale(dictionary.d_out))
             self.learners.setdefault(key[0], {})[key] = Learner(
                 dictionary.to(device),
                 n_tokens=n_tokens,
@@ -62,14 +75,17 @@ class BankLearner:
             ValueError: An activation or a loss is not finite, or a hook is constant.
         """
         measured = {}
-        for hook_name, learners in self.learners.items():
+        scaled: dict[str, Tensor] = {}
+        for hook_name in self.scales:
             x = batch[hook_name].to(self.device, torch.float32)
-            x = x * self._scale(hook_name, x)
-            variance = (x - x.mean(0)).square().sum()
+            scaled[hook_name] = x * self._scale(hook_name, x)
+        for hook_name, learners in self.learners.items():
+            x, target = scaled[hook_name], scaled[self._target(hook_name)]
+            variance = (target - target.mean(0)).square().sum()
             if self.step_number == 0:
-                self._initialise(hook_name, x, variance)
+                self._initialise(hook_name, x, target)
             for key, learner in learners.items():
-                terms = learner.step(x, variance, self.step_number)
+                terms = learner.step(x, target, variance, self.step_number)
                 if not np.isfinite(terms["loss"]):
                     raise ValueError(
                         f"The loss of {key} is {terms['loss']} at step {self.step_number}: the "
@@ -87,9 +103,15 @@ class BankLearner:
         for hook_name, learners in self.learners.items():
             for key, learner in learners.items():
                 dictionary = learner.dictionary.with_origin(n_tokens=self.n_tokens_seen)
-                dictionary.fold_scale(self.scales[hook_name].factor)
+                dictionary.fold_scale(
+                    self.scales[hook_name].factor, self.scales[self._target(hook_name)].factor
+                )
                 bank[key] = dictionary.requires_grad_(False).to("cpu")
         return Bank(bank)
+
+    def _target(self, hook_name: str) -> str:
+        """The hook that dictionaries of `hook_name` reconstruct."""
+        return self.targets.get(hook_name, hook_name)
 
     def _scale(self, hook_name: str, x: Float[Tensor, "n d_in"]) -> float:
         scale = self.scales[hook_name]
@@ -103,21 +125,26 @@ class BankLearner:
         return scale.factor
 
     def _initialise(
-        self, hook_name: str, x: Float[Tensor, "n d_in"], variance: Float[Tensor, ""]
+        self, hook_name: str, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"]
     ) -> None:
-        # Rounding leaves a constant hook a variance of about the square of the last bit.
-        if variance <= 1e-10 * x.square().sum():
-            raise ValueError(
-                f"The activations of {hook_name} do not vary over the first {len(x)} rows, so "
-                "there is nothing to learn. Check that the hook point is not a constant (a bias, "
-                "a masked position) and that the batch has more than one row."
-            )
-        sample = x[:INITIAL_ROWS]
-        centre = geometric_median(sample)
+        _check_that_it_varies(hook_name, x)
+        _check_that_it_varies(self._target(hook_name), target)
+        sample, target = x[:INITIAL_ROWS], target[:INITIAL_ROWS]
+        centre = geometric_median(target)
         for (_, _, seed), learner in self.learners[hook_name].items():
             generator = torch.Generator()
             generator.manual_seed(_initial_seed(hook_name, learner.dictionary.d_sae, seed))
-            learner.dictionary.initialise(generator, centre, sample)
+            learner.dictionary.initialise(generator, centre, sample, target)
+
+
+def _check_that_it_varies(hook_name: str, x: Float[Tensor, "n d"]) -> None:
+    # Rounding leaves a constant hook a variance of about the square of the last bit.
+    if (x - x.mean(0)).square().sum() <= 1e-10 * x.square().sum():
+        raise ValueError(
+            f"The activations of {hook_name} do not vary over the first {len(x)} rows, so "
+            "there is nothing to learn. Check that the hook point is not a constant (a bias, "
+            "a masked position) and that the batch has more than one row."
+        )
 
 
 def _initial_seed(hook_name: str, d_sae: int, seed: int) -> int:

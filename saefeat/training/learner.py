@@ -58,9 +58,13 @@ class Learner:
         )
 
     def step(
-        self, x: Float[Tensor, "n d_in"], variance: Float[Tensor, ""], step: int
+        self,
+        x: Float[Tensor, "n d_in"],
+        target: Float[Tensor, "n d_out"],
+        variance: Float[Tensor, ""],
+        step: int,
     ) -> dict[str, float]:
-        """Learn from one batch, `step` being its number from 0.
+        """Learn from one batch, `step` being its number from 0 and `variance` the target's.
 
         Returns:
             The loss and its terms, L0, the share of dead latents and the learning rate.
@@ -77,6 +81,7 @@ class Learner:
         n_dead = int(dead.sum())
         loss = dictionary.training_loss(
             x,
+            target,
             StepContext(
                 kernels=self.kernels,
                 selection_dtype=self.selection_dtype,
@@ -94,7 +99,7 @@ class Learner:
         dictionary.normalise_decoder()
         self.dead.update(loss.codes)
         if dictionary.restarts_dead_latents and self._restart_is_due(step, len(x)):
-            self._restart(loss.residual)
+            self._restart(x, loss.residual)
         return {
             "loss": float(loss.total.detach()),
             **{name: float(term) for name, term in loss.terms.items()},
@@ -110,7 +115,7 @@ class Learner:
         return (step + 1) % period == 0 and step < (1 - decay) * self.n_steps
 
     @torch.no_grad()
-    def _restart(self, residual: Float[Tensor, "n d_in"]) -> None:
+    def _restart(self, x: Float[Tensor, "n d_in"], residual: Float[Tensor, "n d_out"]) -> None:
         """Point dead latents at residuals, drawn with probability proportional to their error.
 
         Bricken et al. 2023 (resampling); Adam's memory of the old directions goes with them.
@@ -122,7 +127,7 @@ class Learner:
             return
         rows = torch.multinomial(error, len(dead), generator=self.generator)
         directions = residual[rows] / error[rows].sqrt()[:, None]
-        self.dictionary.restart(dead, directions)
+        self.dictionary.restart(dead, directions, x[rows])
         for name, parameter in self.dictionary.named_parameters():
             if name != "b_dec":  # the one parameter that is not latent by latent
                 for moment in ("exp_avg", "exp_avg_sq"):

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +27,7 @@ def train(
     *,
     expansion_factors: Sequence[float] = (8,),
     seeds: Sequence[int] = (0,),
+    targets: Mapping[str, str] | None = None,
     n_tokens: int,
     out: str | Path | None = None,
     device: str | torch.device = "auto",
@@ -44,6 +45,9 @@ def train(
         config: What kind of dictionary, and its recipe.
         expansion_factors: d_sae / d_in of each dictionary; fractions are fine.
         seeds: Seeds of the initial weights.
+        targets: None trains a dictionary of every hook. {hook: other hook} trains transcoders
+            instead, which read the one and predict the other: {"blocks.3.ln2.hook_out":
+            "blocks.3.hook_mlp_out"}, say. Hooks that are no key train nothing.
         n_tokens: Rows of activations to learn from; more than the stream has means several
             epochs, each in a new order.
         out: A new folder for the run: `config.json` first, `metrics.jsonl` as it goes, and the
@@ -68,7 +72,8 @@ def train(
     device = resolve_device(device)
     kernel_name, backend = choose_kernels(kernels, device)
     learner = BankLearner(
-        _blank_dictionaries(stream, config, expansion_factors, seeds),
+        _blank_dictionaries(stream, config, expansion_factors, seeds, targets),
+        targets=targets,
         n_tokens=n_tokens,
         n_steps=math.ceil(n_tokens / stream.batch_size),
         device=device,
@@ -82,6 +87,7 @@ def train(
             "config": asdict(config),
             "model": stream.model_name,
             "hooks": {name: stream.widths[name] for name in stream.hooks},
+            "targets": dict(targets or {}),
             "expansion_factors": list(expansion_factors),
             "seeds": list(seeds),
             "n_tokens": n_tokens,
@@ -126,13 +132,21 @@ def _blank_dictionaries(
     config: DictionaryConfig,
     expansion_factors: Sequence[float],
     seeds: Sequence[int],
+    targets: Mapping[str, str] | None,
 ) -> dict[Key, Dictionary]:
     for name, values in (("expansion_factors", expansion_factors), ("seeds", seeds)):
         if not values or len(set(values)) != len(values):
             raise ValueError(f"{name} must name each value once and at least one, got {values}.")
+    for hook_name in {*(targets or {}).keys(), *(targets or {}).values()}:
+        if hook_name not in stream.hooks:
+            raise ValueError(
+                f"targets names {hook_name!r}, which the stream does not read; it reads "
+                f"{', '.join(stream.hooks)}. Make the stream with both hooks of each transcoder."
+            )
     kind = dictionary_type(config)
     dictionaries = {}
-    for hook_name in stream.hooks:
+    for hook_name in stream.hooks if targets is None else targets:
+        target = None if targets is None else targets[hook_name]
         d_in = stream.widths[hook_name]
         for expansion_factor in expansion_factors:
             d_sae = round(expansion_factor * d_in)
@@ -144,6 +158,7 @@ def _blank_dictionaries(
             for seed in seeds:
                 origin = Origin(
                     hook_name=hook_name,
+                    target_hook_name=target,
                     model_name=stream.model_name,
                     expansion_factor=expansion_factor,
                     seed=seed,
@@ -151,7 +166,8 @@ def _blank_dictionaries(
                     prepend_bos=stream.prepend_bos,
                 )
                 key = (hook_name, expansion_factor, seed)
-                dictionaries[key] = kind(config, d_in, d_sae, origin)
+                d_out = None if target is None else stream.widths[target]
+                dictionaries[key] = kind(config, d_in, d_sae, origin, d_out)
     return dictionaries
 
 

@@ -1,0 +1,91 @@
+"""Dictionaries whose codes come from matching pursuit (Costa et al. 2025 gave SAEs that form)."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saefeat.dictionaries.base import (
+    Dictionary,
+    DictionaryConfig,
+    Origin,
+    StepContext,
+    StepLoss,
+)
+from saefeat.dictionaries.topk import check_k
+from saefeat.kernels import stock
+from saefeat.kernels.autograd import sparse_decode
+from saefeat.kernels.codes import Codes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MatchingPursuitConfig(DictionaryConfig):
+    """Picks atoms one by one and refits them all: sparse coding, with no encoder to train."""
+
+    k: int = 32
+    """Atoms picked per token at most."""
+    tolerance: float = 0.0
+    """A token stops picking once what is left is shorter than this share of it."""
+    decay_fraction: float = 0.4
+    """Share of the steps over which the learning rate falls to 0 at the end."""
+
+
+class MatchingPursuit(Dictionary):
+    """Atoms of length 1, and codes by non-negative orthogonal matching pursuit.
+
+        f = argmin |x - b_dec - f @ W_dec|,  f >= 0, over at most k atoms that were picked greedily
+        loss = sum |x - b_dec - f @ W_dec|^2, as a share of the variance of x
+
+    The codes are a least-squares fit, so that the gradient of the loss by the atoms is the one
+    with codes held constant (the envelope theorem). An encoder infers codes by one linear map,
+    which fails near the limit of what a layer can hold ("amortisation gap", O'Neill et al. 2024);
+    this does not, and costs more for each token. Not the MP-SAE of Costa et al. (arXiv:2506.03093),
+    which has no refit: SAELens reads that one, and refuses this.
+
+    Raises:
+        ValueError: `k` or `tolerance` is out of range, or a transcoder is asked for.
+    """
+
+    architecture = "matching_pursuit_refit"
+    config_type = MatchingPursuitConfig
+    config: MatchingPursuitConfig
+
+    def __init__(
+        self,
+        config: MatchingPursuitConfig,
+        d_in: int,
+        d_sae: int,
+        origin: Origin | None = None,
+        d_out: int | None = None,
+    ) -> None:
+        super().__init__(config, d_in, d_sae, origin, d_out)
+        check_k(config.k, d_sae)
+        if not 0 <= config.tolerance < 1:
+            raise ValueError(f"tolerance must be at least 0 and below 1, got {config.tolerance}.")
+        if self.is_transcoder:
+            raise ValueError(
+                "Matching pursuit decomposes what it reads, so it makes no transcoder. "
+                "Use one of the kinds with an encoder."
+            )
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "..."]) -> Codes:
+        """The codes of the pursuit."""
+        return stock.matching_pursuit(
+            self._checked(x) - self.b_dec, self.W_dec, self.config.k, self.config.tolerance
+        )
+
+    def training_loss(
+        self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], context: StepContext
+    ) -> StepLoss:
+        """The squared error, with gradients for the atoms and b_dec."""
+        with torch.no_grad():
+            codes = context.kernels.matching_pursuit(
+                x - self.b_dec, self.W_dec, self.config.k, self.config.tolerance
+            )
+        residual = target - sparse_decode(context.kernels, codes, self.W_dec, self.b_dec)
+        total = residual.square().sum() / context.variance
+        return StepLoss(
+            total=total, terms={"fvu": total.detach()}, codes=codes, residual=residual.detach()
+        )
