@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from saefeat.activations.tokens import Tokens as Tokens
     from saefeat.activations.tokens import load_tokens as load_tokens
     from saefeat.dictionaries.base import Dictionary as Dictionary
-    from saefeat.dictionaries.sae_lens import load_dictionary as load_dictionary
+    from saefeat.dictionaries.batch_topk import BatchTopKConfig as BatchTopKConfig
+    from saefeat.dictionaries.gated import GatedConfig as GatedConfig
+    from saefeat.dictionaries.jump_relu import JumpReLUConfig as JumpReLUConfig
+    from saefeat.dictionaries.loading import load_dictionary as load_dictionary
+    from saefeat.dictionaries.matching_pursuit import MatchingPursuitConfig as MatchingPursuitConfig
+    from saefeat.dictionaries.matryoshka import MatryoshkaConfig as MatryoshkaConfig
+    from saefeat.dictionaries.standard import StandardConfig as StandardConfig
     from saefeat.dictionaries.topk import TopKConfig as TopKConfig
     from saefeat.kernels.codes import Codes as Codes
     from saefeat.models.load import load_model as load_model
@@ -31,8 +37,14 @@ _HOMES = {
     "Dictionary": "saefeat.dictionaries.base",
     "Report": "saefeat.report.record",
     "Tokens": "saefeat.activations.tokens",
+    "StandardConfig": "saefeat.dictionaries.standard",
+    "GatedConfig": "saefeat.dictionaries.gated",
+    "BatchTopKConfig": "saefeat.dictionaries.batch_topk",
+    "JumpReLUConfig": "saefeat.dictionaries.jump_relu",
+    "MatryoshkaConfig": "saefeat.dictionaries.matryoshka",
+    "MatchingPursuitConfig": "saefeat.dictionaries.matching_pursuit",
     "TopKConfig": "saefeat.dictionaries.topk",
-    "load_dictionary": "saefeat.dictionaries.sae_lens",
+    "load_dictionary": "saefeat.dictionaries.loading",
     "load_model": "saefeat.models.load",
     "load_tokens": "saefeat.activations.tokens",
     "measure": "saefeat.report.measure",

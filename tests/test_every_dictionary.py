@@ -9,11 +9,11 @@ from saefeat.dictionaries.auxiliary import AuxiliaryConfig
 from saefeat.dictionaries.base import Origin, StepContext
 from saefeat.dictionaries.batch_topk import BatchTopK
 from saefeat.dictionaries.jump_relu import JumpReLU
+from saefeat.dictionaries.loading import load_dictionary
 from saefeat.dictionaries.matching_pursuit import MatchingPursuit
 from saefeat.dictionaries.matryoshka import Matryoshka
 from saefeat.dictionaries.penalty import PenalisedConfig
 from saefeat.dictionaries.registry import KINDS, dictionary_type
-from saefeat.dictionaries.sae_lens import load_dictionary
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
 from saefeat.dictionaries.standard import Standard
 from saefeat.dictionaries.topk import TopK

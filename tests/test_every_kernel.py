@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from saefeat.kernels import eager
 from saefeat.kernels.autograd import sparse_decode, sparse_encode
 from saefeat.kernels.codes import Codes, SparsityPattern
-from saefeat.kernels.dispatch import BACKENDS, choose_kernels
+from saefeat.kernels.dispatch import BACKENDS, choose_kernels, load_kernels
 
 CASES = {
     "usual": (64, 48, 96, 8),
@@ -35,9 +36,9 @@ def patterns(generator: torch.Generator):
     yield Codes.from_dense(torch.zeros(4, 9)).pattern, 5
 
 
-@pytest.fixture(params=sorted(BACKENDS))
+@pytest.fixture(params=BACKENDS)
 def backend(request):
-    return BACKENDS[request.param]
+    return load_kernels(request.param)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -97,6 +98,65 @@ def test_encode_and_decode_pass_gradcheck(backend, generator):
     assert torch.autograd.gradcheck(decode, (weight(len(pattern.latents)), decoder, b_dec))
 
 
+def unit_atoms(d_sae, d, generator, dtype=torch.float64):
+    atoms = torch.randn(d_sae, d, generator=generator, dtype=dtype)
+    return torch.nn.functional.normalize(atoms, dim=1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pursuit_picks_and_fits_as_the_reference_does(backend, case, generator):
+    n, d, d_sae, k = CASES[case]
+    atoms = unit_atoms(d_sae, d, generator)
+    # Off-centre, so that some fits come out negative and are made again.
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64) + 0.3
+    x[0] = 0  # a row with nothing to pick
+    codes = backend.matching_pursuit(x, atoms, k)
+    expected = eager.matching_pursuit(x, atoms, k)
+    torch.testing.assert_close(codes.to_dense(), expected.to_dense())
+    assert (codes.values > 0).all()
+    assert int(codes.row_counts()[0]) == 0
+
+
+def test_pursuit_of_a_sparse_sum_finds_its_atoms(backend, generator):
+    atoms = unit_atoms(64, 48, generator)
+    true = torch.zeros(20, 64, dtype=torch.float64)
+    chosen = torch.rand(20, 64, generator=generator).topk(3, dim=1).indices
+    true.scatter_(1, chosen, 1 + torch.rand(20, 3, generator=generator, dtype=torch.float64))
+    codes = backend.matching_pursuit(true @ atoms, atoms, 8, 1e-6)
+    torch.testing.assert_close(codes.to_dense() @ atoms, true @ atoms)
+    # It stops by itself where the three were picked first, and mostly they were.
+    assert float((codes.row_counts() == 3).float().mean()) > 0.7
+
+
+def test_pursuit_stops_at_its_tolerance(backend, generator):
+    atoms, x = unit_atoms(96, 16, generator), torch.randn(30, 16, generator=generator).double()
+    codes = backend.matching_pursuit(x, atoms, 12, 0.5)
+    left = (x - codes.to_dense() @ atoms).norm(dim=1) / x.norm(dim=1)
+    assert (left <= 0.5 + 1e-9).all()
+    assert float(codes.row_counts().float().mean()) < 8
+
+
+def test_pursuit_never_picks_an_atom_twice_nor_its_copy(backend, generator):
+    atoms = unit_atoms(20, 8, generator)
+    atoms[10:] = atoms[:10]
+    x = torch.randn(25, 8, generator=generator, dtype=torch.float64)
+    dense = backend.matching_pursuit(x, atoms, 8).to_dense()
+    assert dense.isfinite().all()
+    assert not ((dense[:, :10] > 0) & (dense[:, 10:] > 0)).any()
+
+
+def test_pursuit_in_float32_leaves_as_little_as_in_float64(backend, generator):
+    atoms = unit_atoms(128, 32, generator)
+    x = torch.randn(60, 32, generator=generator, dtype=torch.float64)
+    left = [
+        (x - backend.matching_pursuit(x.to(t), atoms.to(t), 16).to_dense().double() @ atoms)
+        .square()
+        .sum()
+        for t in (torch.float32, torch.float64)
+    ]
+    torch.testing.assert_close(left[0], left[1], rtol=1e-3, atol=0)
+
+
 def test_codes_count_only_values_above_zero():
     codes = Codes.from_rows(
         torch.tensor([[0, 2], [2, 3]]), torch.tensor([[1.0, 0.0], [2.0, 3.0]]), 5
@@ -114,3 +174,5 @@ def test_codes_survive_the_way_through_dense(generator):
 def test_an_unknown_backend_is_an_error():
     with pytest.raises(ValueError, match="'auto' or one of"):
         choose_kernels("warp", torch.device("cpu"))
+    with pytest.raises(ValueError, match="it is for processors"):
+        choose_kernels("cpu", torch.device("meta"))

@@ -14,9 +14,9 @@ from saefeat.dictionaries.base import (
     StepLoss,
 )
 from saefeat.dictionaries.topk import check_k
-from saefeat.kernels import stock
 from saefeat.kernels.autograd import sparse_decode
 from saefeat.kernels.codes import Codes
+from saefeat.kernels.dispatch import choose_kernels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,9 +71,17 @@ class MatchingPursuit(Dictionary):
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "..."]) -> Codes:
-        """The codes of the pursuit."""
-        return stock.matching_pursuit(
-            self._checked(x) - self.b_dec, self.W_dec, self.config.k, self.config.tolerance
+        """The codes of the pursuit, by the fastest kernels that there are.
+
+        Raises:
+            ValueError: Also if an activation is not finite, which nothing correlates with.
+        """
+        x = self._checked(x)
+        if not x.isfinite().all():
+            raise ValueError(f"The activations of {self.hook_name!r} hold NaN or infinity.")
+        _, kernels = choose_kernels("auto", self.W_dec.device)
+        return kernels.matching_pursuit(
+            x - self.b_dec, self.W_dec, self.config.k, self.config.tolerance
         )
 
     def training_loss(

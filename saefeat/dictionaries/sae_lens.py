@@ -4,12 +4,12 @@ A folder holds `cfg.json` and `sae_weights.safetensors`, which `sae_lens.SAE.loa
 as its own, and `saefeat.json` with what SAELens has no field for.
 """
 
-from dataclasses import asdict, fields
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from saefeat.core.files import (
     claim_folder,
@@ -18,13 +18,31 @@ from saefeat.core.files import (
     write_json,
     write_tensors,
 )
-from saefeat.dictionaries.base import Dictionary, Origin
-from saefeat.dictionaries.registry import ARCHITECTURES
+from saefeat.dictionaries.base import Dictionary
+from saefeat.dictionaries.found import Found
 
 LAYOUT_VERSION = "6.54.12"
 """The SAELens release whose layout is written, and that the tests open it with."""
 
-_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+_TRANSCODERS = {"transcoder": "standard", "jumprelu_transcoder": "jumprelu"}
+_KINDS = {kind: kind for kind in ("standard", "topk", "jumprelu", "gated")} | _TRANSCODERS
+"""Architectures of SAELens that this library has, and what it calls them."""
+
+_METADATA = {
+    "hook_name": "hook_name",
+    "hook_name_out": "target_hook_name",
+    "model_name": "model_name",
+    "context_size": "context_size",
+    "prepend_bos": "prepend_bos",
+}
+"""SAELens's names of what `Origin` holds."""
+
+_KNOWN = {
+    *("architecture", "d_in", "d_sae", "d_out", "dtype", "device", "metadata"),
+    *("apply_b_dec_to_input", "normalize_activations", "reshape_activations"),
+    *("k", "rescale_acts_by_decoder_norm"),
+}
+"""Keys of SAELens 6. Before, settings of the training stood at the same level."""
 
 
 def save(dictionary: Dictionary, folder: Path) -> Path:
@@ -55,50 +73,63 @@ def save(dictionary: Dictionary, folder: Path) -> Path:
         },
     )
     # Last, so that a folder with a cfg.json is a whole one.
-    write_json(folder / "cfg.json", _sae_lens_config(dictionary))
+    write_json(folder / "cfg.json", _config(dictionary))
     return folder
 
 
-def load_dictionary(folder: str | Path) -> Dictionary:
-    """Open a folder that `Dictionary.save` or SAELens wrote.
+def find(folder: Path) -> Found:
+    """What is in a folder that `save` or SAELens (5 or 6) wrote.
 
     Raises:
-        FileNotFoundError: There is no such folder, or it holds no dictionary.
-        ValueError: A file is damaged, or its architecture, keys or shapes are not known.
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged, or asks for what this library cannot do.
     """
-    folder = Path(folder)
-    if not (folder / "cfg.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no dictionary: cfg.json is missing. Expected a folder that "
-            "Dictionary.save or SAELens wrote, with cfg.json and sae_weights.safetensors."
-        )
-    written = _mapping(read_json(folder / "cfg.json"), folder / "cfg.json")
-    own: dict[str, Any] = {
-        "architecture": written.get("architecture"),
-        "config": {},
-        "origin": _origin_of_sae_lens(written),
-    }
+    path = folder / "cfg.json"
+    written = _mapping(read_json(path), path)
+    for key in ("d_in", "d_sae"):
+        if not isinstance(written.get(key), int):
+            raise ValueError(f"{path} lacks the key {key!r}, or it is no number.")
+    found = Found(
+        path=folder,
+        architecture="",
+        tensors=read_tensors(folder / "sae_weights.safetensors"),
+        d_in=written["d_in"],
+        d_sae=written["d_sae"],
+        is_transcoder=written.get("d_out") is not None,
+    )
     if (folder / "saefeat.json").is_file():
         own = _mapping(read_json(folder / "saefeat.json"), folder / "saefeat.json")
-    kind = ARCHITECTURES.get(str(own.get("architecture")))
-    if kind is None:
-        raise ValueError(
-            f"{folder} names the architecture {own.get('architecture')!r}; "
-            f"known are {', '.join(sorted(ARCHITECTURES))}."
-        )
-    config = _build(kind.config_type, {**_shared_keys(kind, written), **own["config"]}, folder)
-    origin = _build(Origin, own["origin"], folder)
+        found.architecture = str(own.get("architecture"))
+        found.config = _mapping(own.get("config"), folder / "saefeat.json")
+        found.origin = _mapping(own.get("origin"), folder / "saefeat.json")
+        return found
+    return _translated(found, written)
+
+
+def from_pretrained(release: str, sae_id: str) -> Found:
+    """A dictionary of SAELens's registry, or of a repository on the hub that SAELens wrote.
+
+    SAELens downloads it and translates its format, among them Gemma Scope's and Llama Scope's.
+
+    Raises:
+        ModuleNotFoundError: SAELens is not installed.
+        ValueError: There is no such release or id, or it is of a kind not known here.
+    """
     try:
-        d_in, d_sae = int(written["d_in"]), int(written["d_sae"])
-        d_out = None if written.get("d_out") is None else int(written["d_out"])
-        dictionary = kind(config, d_in, d_sae, origin, d_out)
-    except KeyError as error:
-        raise ValueError(f"{folder / 'cfg.json'} lacks the key {error}.") from error
-    _fill(dictionary, read_tensors(folder / "sae_weights.safetensors"), folder)
-    return dictionary.to(_DTYPES[str(written.get("dtype", "float32"))])
+        from sae_lens import SAE
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Dictionaries of SAELens's registry are loaded through SAELens, which is not "
+            "installed. Run: pip install 'saefeat[sae-lens]'"
+        ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        SAE.from_pretrained(release, sae_id).save_model(folder)
+        found = find(Path(folder))
+    found.path = Path(release) / sae_id
+    return found
 
 
-def _sae_lens_config(dictionary: Dictionary) -> dict[str, object]:
+def _config(dictionary: Dictionary) -> dict[str, object]:
     origin = dictionary.origin
     return {
         "architecture": dictionary.sae_lens_architecture,
@@ -112,6 +143,7 @@ def _sae_lens_config(dictionary: Dictionary) -> dict[str, object]:
         "metadata": {
             "model_name": origin.model_name,
             "hook_name": origin.hook_name,
+            "hook_name_out": origin.target_hook_name,
             "hook_head_index": None,
             "context_size": origin.context_size,
             "prepend_bos": origin.prepend_bos,
@@ -122,50 +154,61 @@ def _sae_lens_config(dictionary: Dictionary) -> dict[str, object]:
     }
 
 
-def _origin_of_sae_lens(written: dict[str, Any]) -> dict[str, object]:
-    metadata = written.get("metadata") or {}
-    kept = ("hook_name", "model_name", "context_size", "prepend_bos")
-    found = {name: metadata[name] for name in kept if metadata.get(name) is not None}
-    return {**found, "expansion_factor": written["d_sae"] / written["d_in"]}
+def _translated(found: Found, written: dict[str, Any]) -> Found:
+    """`found` completed from a config that SAELens wrote."""
+    path = found.path / "cfg.json"
+    is_old = "metadata" not in written
+    unknown = set(written) - _KNOWN
+    if unknown and not is_old:
+        raise ValueError(f"{path} has the unknown key {sorted(unknown)[0]!r}.")
+    metadata = written if is_old else _mapping(written["metadata"], path)
+    architecture = written.get("architecture", "standard")
+    options = written.get("activation_fn_kwargs") or {}
+    activation = written.get("activation_fn_str", written.get("activation_fn", "relu"))
+    if architecture == "standard" and activation == "topk":
+        architecture = "topk"
+    elif activation not in ("relu", "topk"):
+        raise ValueError(f"{path} asks for the activation {activation!r}; known are relu, topk.")
+    if architecture not in _KINDS:
+        raise ValueError(
+            f"{path} names the architecture {architecture!r}; of SAELens's, this library knows "
+            f"{', '.join(_KINDS)}."
+        )
+    if written.get("normalize_activations") not in (None, False, "none"):
+        raise ValueError(
+            f"{path} asks for normalize_activations={written['normalize_activations']!r}, which "
+            "is not folded into the weights. In SAELens, fold it before saving "
+            "(fold_activation_norm_scaling_factor)."
+        )
+    found.architecture = _KINDS[architecture]
+    found.is_transcoder = architecture in _TRANSCODERS
+    found.takes_b_dec_from_input = bool(written.get("apply_b_dec_to_input", True))
+    if found.is_transcoder and found.takes_b_dec_from_input:
+        raise ValueError(f"{path} is a transcoder with apply_b_dec_to_input, which is not known.")
+    if architecture == "topk":
+        found.config["k"] = written.get("k", options.get("k"))
+        if written.get("rescale_acts_by_decoder_norm"):
+            _move_decoder_norms(found)
+    if not (found.tensors.pop("scaling_factor", torch.ones(1)) == 1).all():
+        raise ValueError(f"{found.path} has a scaling_factor other than 1, from fine-tuning.")
+    found.origin = {
+        own: metadata[name] for name, own in _METADATA.items() if metadata.get(name) is not None
+    }
+    if metadata.get("hook_point") is not None:
+        found.origin["hook_name"] = metadata["hook_point"]
+    found.origin["expansion_factor"] = written["d_sae"] / written["d_in"]
+    return found
 
 
-def _shared_keys(kind: type[Dictionary], written: dict[str, Any]) -> dict[str, object]:
-    """The entries of SAELens's config that this kind's own config has under the same name."""
-    names = {field.name for field in fields(kind.config_type)}
-    return {name: value for name, value in written.items() if name in names}
+def _move_decoder_norms(found: Found) -> None:
+    """Rank by score times decoder norm, as rows of length 1 do by themselves."""
+    norms = found.tensors["W_dec"].norm(dim=1)
+    found.tensors["W_enc"] = found.tensors["W_enc"] * norms
+    found.tensors["b_enc"] = found.tensors["b_enc"] * norms
+    found.tensors["W_dec"] = found.tensors["W_dec"] / norms[:, None]
 
 
 def _mapping(value: object, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{path} should hold a JSON object, found {type(value).__name__}.")
+        raise ValueError(f"{path} should hold JSON objects, found {type(value).__name__}.")
     return value
-
-
-def _build(owner: type[Any], values: dict[str, Any], folder: Path) -> Any:
-    unknown = set(values) - {field.name for field in fields(owner)}
-    if unknown:
-        raise ValueError(
-            f"{folder / 'saefeat.json'} has the unknown key {sorted(unknown)[0]!r} for "
-            f"{owner.__name__}. It was written by another version of saefeat."
-        )
-    # JSON has lists alone; the configs, which are frozen, have tuples.
-    return owner(
-        **{key: tuple(one) if isinstance(one, list) else one for key, one in values.items()}
-    )
-
-
-def _fill(dictionary: Dictionary, tensors: dict[str, Tensor], folder: Path) -> None:
-    path = folder / "sae_weights.safetensors"
-    wanted = {name: list(tensor.shape) for name, tensor in dictionary.file_tensors().items()}
-    if set(tensors) != set(wanted):
-        raise ValueError(
-            f"{path} holds {sorted(tensors)}; a dictionary of kind {dictionary.architecture!r} "
-            f"has {sorted(wanted)}."
-        )
-    for name, shape in wanted.items():
-        if list(tensors[name].shape) != shape:
-            raise ValueError(
-                f"{name} in {path} has shape {list(tensors[name].shape)}, but d_in and d_sae in "
-                f"cfg.json say {shape}."
-            )
-    dictionary.fill(tensors)

@@ -1,12 +1,13 @@
 """Which kernels run: decided once, by device and by what is installed, and written down."""
 
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saefeat.kernels import eager, stock
 from saefeat.kernels.codes import Codes, SparsityPattern
 
 
@@ -54,7 +55,14 @@ class Kernels(Protocol):
     ) -> Codes: ...
 
 
-BACKENDS: dict[str, Kernels] = {"eager": eager, "stock": stock}
+BACKENDS = ("eager", "stock", "cpu")
+"""Modules of this room that implement `Kernels`, the plainest first."""
+
+
+def load_kernels(name: str) -> Kernels:
+    """The backend called `name`; what it is made of is imported only now."""
+    backend: Kernels = import_module(f"saefeat.kernels.{name}")
+    return backend
 
 
 def choose_kernels(name: str, device: torch.device) -> tuple[str, Kernels]:
@@ -64,17 +72,25 @@ def choose_kernels(name: str, device: torch.device) -> tuple[str, Kernels]:
         The backend's name, to be written into the run's config, and the backend.
 
     Raises:
-        ValueError: No backend is called `name`, or it cannot run on `device`.
+        ValueError: No backend is called `name`, or it cannot run here.
     """
-    # sampled_addmm on a processor is MKL's.
-    stock_runs = device.type == "cuda" or torch.backends.mkl.is_available()
+    reasons = {backend: _why_not(backend, device) for backend in BACKENDS}
     if name == "auto":
-        name = "stock" if stock_runs else "eager"
+        name = [backend for backend, reason in reasons.items() if reason is None][-1]
     if name not in BACKENDS:
-        raise ValueError(f"kernels must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}.")
-    if name == "stock" and not stock_runs:
-        raise ValueError(
-            "kernels='stock' needs a torch built with MKL, and this build has none. "
-            "Pass kernels='eager' (slower, same results)."
-        )
-    return name, BACKENDS[name]
+        raise ValueError(f"kernels must be 'auto' or one of {list(BACKENDS)}, got {name!r}.")
+    if reasons[name] is not None:
+        raise ValueError(f"kernels={name!r} cannot run here: {reasons[name]}")
+    return name, load_kernels(name)
+
+
+def _why_not(name: str, device: torch.device) -> str | None:
+    """Why a backend cannot run on `device`; None if it can."""
+    if name == "cpu" and device.type != "cpu":
+        return f"it is for processors, and the device is {device}."
+    if name == "cpu" and find_spec("numba") is None:
+        return "it needs numba. Run: pip install numba"
+    # sampled_addmm on a processor is MKL's.
+    if name in ("stock", "cpu") and device.type != "cuda" and not torch.backends.mkl.is_available():
+        return "this build of torch has no MKL. Pass kernels='eager' (slower, same results)."
+    return None

@@ -66,9 +66,10 @@ def matching_pursuit(
 
     A row picks the atom that correlates most with its residual and refits all it has picked by
     least squares, until it has `k`, nothing correlates, or the residual is shorter than
-    `tolerance` of the row. Picks that end with a negative code are dropped and the rest
-    refitted, until none is negative.
+    `tolerance` of the row, or than rounding. Picks that end with a negative code are dropped and
+    the rest refitted, until none is negative.
     """
+    tolerance = max(tolerance, (10 * torch.finfo(x.dtype).eps) ** 0.5)
     dense = x.new_zeros(len(x), len(atoms))
     for row, target in zip(dense, x, strict=True):
         picked: list[int] = []

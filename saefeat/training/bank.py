@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from saefeat.dictionaries.base import Dictionary
-from saefeat.dictionaries.sae_lens import load_dictionary
+from saefeat.dictionaries.loading import load_dictionary
 
 Key = tuple[str, float, int]
 """`(hook_name, expansion_factor, seed)`."""
