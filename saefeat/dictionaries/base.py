@@ -24,7 +24,7 @@ class DictionaryConfig:
     """The recipe that every kind of dictionary shares; each kind adds its own fields."""
 
     learning_rate: float | None = None
-    """Peak learning rate of Adam. None: scaled with the width, see `peak_learning_rate`."""
+    """Peak learning rate of Adam. None: by width and steps, see `peak_learning_rate`."""
     warmup_fraction: float = 0.05
     """Share of the steps over which the learning rate rises from 0, 1,000 steps at most."""
     decay_fraction: float = 0.2
@@ -276,8 +276,18 @@ def random_unit_rows(n: int, d: int, generator: torch.Generator) -> Float[Tensor
     return torch.nn.functional.normalize(rows, dim=1)
 
 
-def peak_learning_rate(config: DictionaryConfig, d_sae: int) -> float:
-    """The learning rate of `config`, or the default that falls with the square root of width."""
+def peak_learning_rate(config: DictionaryConfig, d_sae: int, n_steps: int) -> float:
+    """The learning rate of `config`, or the default for this width and number of steps.
+
+        long runs   2e-4 / sqrt(d_sae / 2^14)      (Gao et al. 2024, as dictionary_learning has it)
+        short runs  4e-3 * sqrt(1000 / n_steps), at most 4e-3
+
+    whichever is larger. Adam moves a weight by about its rate a step, so a run of a thousand
+    steps at the long rate ends before its weights have gone anywhere: on SmolLM2 (layer 15,
+    1,152 latents, 0.8M tokens) FVU was .219, .196 and .182 at 1e-3, 2e-3 and 4e-3.
+    """
     if config.learning_rate is not None:
         return config.learning_rate
-    return float(2e-4 / (d_sae / 2**14) ** 0.5)
+    long = 2e-4 / (d_sae / 2**14) ** 0.5
+    short = 4e-3 * min(1.0, (1000 / n_steps) ** 0.5)
+    return float(max(long, short))

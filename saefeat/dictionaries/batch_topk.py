@@ -6,19 +6,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saefeat.dictionaries.auxiliary import AuxiliaryConfig
 from saefeat.dictionaries.base import Origin, StepContext
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
-from saefeat.dictionaries.topk import check_k
+from saefeat.dictionaries.topk import RankedConfig, annealed_k, check_k
 from saefeat.kernels.codes import Codes, SparsityPattern
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BatchTopKConfig(AuxiliaryConfig):
+class BatchTopKConfig(RankedConfig):
     """Keeps the `k * n` largest latents of a batch of n tokens (Bussmann et al. 2024)."""
 
-    k: int = 32
-    """Latents kept per token, on average over a batch."""
     threshold_decay: float = 0.95
     """Decay of the running mean of the least kept value, which is the threshold at inference."""
 
@@ -50,7 +47,7 @@ class BatchTopK(SparseAutoencoder):
         d_out: int | None = None,
     ) -> None:
         super().__init__(config, d_in, d_sae, origin, d_out)
-        check_k(config.k, d_sae)
+        check_k(config, d_sae)
         self.register_buffer("threshold_sum", torch.zeros(()))
         self.register_buffer("threshold_weight", torch.zeros(()))
 
@@ -67,7 +64,8 @@ class BatchTopK(SparseAutoencoder):
 
     def select(self, scores: Float[Tensor, "n d_sae"], context: StepContext) -> SparsityPattern:
         """The k * n largest scores above 0."""
-        pattern, least = context.kernels.batch_top_k(scores, self.config.k * len(scores))
+        k = annealed_k(self.config, self.d_sae, context.progress)
+        pattern, least = context.kernels.batch_top_k(scores, k * len(scores))
         decay = self.config.threshold_decay
         self.threshold_sum.mul_(decay).add_((1 - decay) * least)
         self.threshold_weight.mul_(decay).add_(1 - decay)

@@ -29,6 +29,12 @@ class JumpReLUConfig(PenalisedConfig):
     """Density at which "tanh_quadratic" counts a latent twice."""
 
 
+TARGET_GAIN = 30.0
+"""Coefficient where L0 is twice `target_l0`, before the next limit. Below the target it is
+negative: without a reward for being on, L0 falls on by itself and never comes back."""
+MAX_COEFFICIENT = 6.0
+"""Largest coefficient while steering. A squared miss, as in Rajamanoharan et al., is so steep at
+the start that Adam, which remembers its gradients, hardly moves the thresholds afterwards."""
 MIN_INITIAL_THRESHOLD = 0.01
 """Least threshold to start from: the logarithm of one near 0 would hardly move."""
 
@@ -45,7 +51,8 @@ class JumpReLU(SparseAutoencoder):
         tanh_quadratic  sum_i t_i (1 + t_i / frequent),  t_i = mean over tokens of tanh(c f_i |d_i|)
 
     The tanh comes from Anthropic's January 2025 update, the quadratic term, against latents
-    that are on all the time, from Smith et al. 2025 ("Negative results for SAEs").
+    that are on all the time, from Smith et al. 2025 ("Negative results for SAEs"). With "step"
+    a `target_l0` makes the coefficient proportional to the miss, and negative below the target.
 
     Raises:
         ValueError: The bandwidth is not above 0, or the loss is unknown.
@@ -122,9 +129,13 @@ class JumpReLU(SparseAutoencoder):
     ) -> dict[str, Float[Tensor, ""]]:
         """The smooth or the exact count of the latents that are on."""
         coefficient = self.penalty.step(codes, context)
+        target_l0 = self.config.target_l0
         if self.config.sparsity_loss == "step":
             threshold = self.threshold[codes.latents]
             count = _Step.apply(scores, threshold, self.config.bandwidth).sum()
+            if target_l0 is not None:
+                miss = count.detach() / codes.n_rows / target_l0 - 1
+                coefficient = (TARGET_GAIN * miss).clamp(-MAX_COEFFICIENT, MAX_COEFFICIENT)
         else:
             norms = self.W_dec.norm(dim=1)[codes.latents]
             smooth = torch.tanh(self.config.tanh_scale * codes.values * norms)

@@ -13,7 +13,6 @@ from saefeat.dictionaries.base import (
     StepContext,
     StepLoss,
 )
-from saefeat.dictionaries.topk import check_k
 from saefeat.kernels.autograd import sparse_decode
 from saefeat.kernels.codes import Codes
 from saefeat.kernels.dispatch import choose_kernels
@@ -27,6 +26,8 @@ class MatchingPursuitConfig(DictionaryConfig):
     """Atoms picked per token at most."""
     tolerance: float = 0.0
     """A token stops picking once what is left is shorter than this share of it."""
+    learning_rate: float | None = 1e-2
+    """Peak learning rate of Adam, the same at every width: atoms have length 1."""
     decay_fraction: float = 0.4
     """Share of the steps over which the learning rate falls to 0 at the end."""
 
@@ -60,7 +61,11 @@ class MatchingPursuit(Dictionary):
         d_out: int | None = None,
     ) -> None:
         super().__init__(config, d_in, d_sae, origin, d_out)
-        check_k(config.k, d_sae)
+        if not 1 <= config.k <= d_sae:
+            raise ValueError(
+                f"It needs 1 <= k <= d_sae, got k={config.k} and d_sae={d_sae}. "
+                "Lower k or raise the expansion factor."
+            )
         if not 0 <= config.tolerance < 1:
             raise ValueError(f"tolerance must be at least 0 and below 1, got {config.tolerance}.")
         if self.is_transcoder:

@@ -79,7 +79,9 @@ def find_dictionary_learning(folder: Path) -> Found:
         if key == "k":
             config["k"] = int(tensor)
         elif key != "group_sizes":
-            tensors[_LINEAR.get(str(key), str(key))] = tensor.T if key.endswith(".weight") else tensor
+            tensors[_LINEAR.get(str(key), str(key))] = (
+                tensor.T if key.endswith(".weight") else tensor
+            )
     if name == "AutoEncoderTopK":
         tensors.pop("threshold", None)  # only an option of its encode, off by default
     if name in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):

@@ -13,11 +13,20 @@ from saefeat.kernels.codes import Codes, SparsityPattern
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TopKConfig(AuxiliaryConfig):
-    """Keeps the `k` largest latents of each token and zeroes the rest (Gao et al. 2024)."""
+class RankedConfig(AuxiliaryConfig):
+    """The recipe of the kinds that keep the largest latents."""
 
     k: int = 32
     """Latents kept per token."""
+    k_start_factor: float = 1.0
+    """Multiple of k that is kept at the start, no more than all; it falls linearly to 1."""
+    k_anneal_fraction: float = 0.1
+    """Share of the steps over which it falls."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopKConfig(RankedConfig):
+    """Keeps the `k` largest latents of each token and zeroes the rest (Gao et al. 2024)."""
 
 
 class TopK(SparseAutoencoder):
@@ -43,7 +52,7 @@ class TopK(SparseAutoencoder):
         d_out: int | None = None,
     ) -> None:
         super().__init__(config, d_in, d_sae, origin, d_out)
-        check_k(config.k, d_sae)
+        check_k(config, d_sae)
 
     def encode(self, x: Float[Tensor, "..."]) -> Codes:
         """The k largest latents of each row, those below zero clamped to it."""
@@ -52,7 +61,8 @@ class TopK(SparseAutoencoder):
 
     def select(self, scores: Float[Tensor, "n d_sae"], context: StepContext) -> SparsityPattern:
         """The k largest of each row."""
-        return SparsityPattern.from_top_k(context.kernels.top_k(scores, self.config.k), self.d_sae)
+        k = annealed_k(self.config, self.d_sae, context.progress)
+        return SparsityPattern.from_top_k(context.kernels.top_k(scores, k), self.d_sae)
 
     @property
     def sae_lens_fields(self) -> dict[str, object]:
@@ -64,10 +74,21 @@ class TopK(SparseAutoencoder):
         }
 
 
-def check_k(k: int, d_sae: int) -> None:
+def annealed_k(config: RankedConfig, d_sae: int, progress: float) -> int:
+    """Latents to keep per token once `progress` of the training is done."""
+    rest = max(0.0, 1 - progress / config.k_anneal_fraction) if config.k_anneal_fraction else 0.0
+    return min(d_sae, round(config.k * (1 + (config.k_start_factor - 1) * rest)))
+
+
+def check_k(config: RankedConfig, d_sae: int) -> None:
     """Refuse a number of latents per token that cannot be kept."""
-    if not 1 <= k <= d_sae:
+    if not 1 <= config.k <= d_sae:
         raise ValueError(
-            f"TopK needs 1 <= k <= d_sae, got k={k} and d_sae={d_sae}. "
+            f"It needs 1 <= k <= d_sae, got k={config.k} and d_sae={d_sae}. "
             "Lower k or raise the expansion factor."
+        )
+    if config.k_start_factor < 1 or not 0 <= config.k_anneal_fraction <= 1:
+        raise ValueError(
+            "k_start_factor must be at least 1 and k_anneal_fraction from 0 to 1, got "
+            f"{config.k_start_factor} and {config.k_anneal_fraction}."
         )

@@ -47,7 +47,7 @@ class Learner:
         self.kernels = kernels
         self.selection_dtype = selection_dtype
         self.scratch = scratch
-        self.peak_learning_rate = peak_learning_rate(config, dictionary.d_sae)
+        self.peak_learning_rate = peak_learning_rate(config, dictionary.d_sae, n_steps)
         self.generator = torch.Generator(dictionary.W_dec.device)
         self.generator.manual_seed(dictionary.origin.seed or 0)
         self.optimizer = torch.optim.Adam(
