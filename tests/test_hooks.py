@@ -288,9 +288,9 @@ def test_replacing_by_the_same_changes_nothing_and_by_zero_equals_run_with_hooks
 ) -> None:
     hook, ids = "blocks.1.hook_resid_post", token_ids()
     before, logits = attached_functions(model), model(ids)
-    with replaced_activations(model, hook, lambda x: x.clone()):
+    with replaced_activations(model, hook, lambda x, _: x.clone()):
         assert torch.equal(model(ids), logits)
-    with replaced_activations(model, hook, torch.zeros_like):
+    with replaced_activations(model, hook, lambda x, _: torch.zeros_like(x)):
         zeroed = model(ids)
     expected = model.run_with_hooks(ids, fwd_hooks=[(hook, lambda x, hook: torch.zeros_like(x))])
     assert torch.equal(zeroed, expected)
@@ -304,8 +304,9 @@ def test_heads_are_flattened_for_the_replacement_and_put_back(model: Any) -> Non
     logits = model(ids)
     shapes: list[torch.Size] = []
 
-    def same(value: torch.Tensor) -> torch.Tensor:
+    def same(value: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         shapes.append(value.shape)
+        assert torch.equal(source, value)
         return value.clone()
 
     with replaced_activations(model, hook, same):
@@ -313,16 +314,35 @@ def test_heads_are_flattened_for_the_replacement_and_put_back(model: Any) -> Non
     assert shapes == [torch.Size((3, 8, WIDTH))]
 
 
+def test_a_replacement_can_be_made_of_an_earlier_hook(model: Any) -> None:
+    ids, earlier, later = token_ids(), "blocks.0.hook_resid_post", "blocks.2.hook_resid_post"
+    rows = read_activations(model, ids, hooks=[earlier])[earlier].view(3, 8, WIDTH)
+
+    def check(value: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(source, rows)
+        return source
+
+    with replaced_activations(model, later, check, source=earlier):
+        spliced = model(ids)
+    expected = model.run_with_hooks(ids, fwd_hooks=[(later, lambda x, hook: rows)])
+    assert torch.equal(spliced, expected)
+    with (
+        pytest.raises(ValueError, match="not reached before"),
+        replaced_activations(model, earlier, check, source=later),
+    ):
+        model(ids)
+
+
 def test_a_replacement_of_another_shape_is_refused_and_leaves_no_hook(llama: Any) -> None:
     before = attached_functions(llama)
     with (
         pytest.raises(ValueError, match="has shape"),
-        replaced_activations(llama, "blocks.1.hook_out", lambda x: x[..., :3]),
+        replaced_activations(llama, "blocks.1.hook_out", lambda x, _: x[..., :3]),
     ):
         llama(token_ids())
     with (
         pytest.raises(ValueError, match="3 hooks"),
-        replaced_activations(llama, "blocks.*.hook_resid_post", lambda x: x),
+        replaced_activations(llama, "blocks.*.hook_resid_post", lambda x, _: x),
     ):
         pass
     assert attached_functions(llama) == before

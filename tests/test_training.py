@@ -90,6 +90,8 @@ def test_a_run_folder_holds_config_metrics_and_dictionaries(stream, tmp_path):
     config = json.loads((out / "config.json").read_text())
     assert config["hooks"] == {"a": 16, "b": 16}
     assert config["kernels"] in BACKENDS
+    assert [one["expansion_factor"] for one in config["dictionaries"]] == [0.5, 2, 0.5, 2]
+    assert config["dictionaries"][0]["config"]["k"] == 2
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert {record["step"] for record in records} == {1, 8, 15, 20}
     assert records[-1]["n_tokens"] == 10_000
@@ -98,6 +100,68 @@ def test_a_run_folder_holds_config_metrics_and_dictionaries(stream, tmp_path):
     loaded = sf.Bank.load(out)
     assert set(loaded) == set(bank)
     assert torch.equal(loaded["b", 0.5, 0].W_dec, bank["b", 0.5, 0].W_dec)
+
+
+def test_a_bank_trained_further_gets_better_and_the_first_one_stays(stream, tmp_path):
+    bank = train(stream, n_tokens=20_000)
+    before = {key: one.W_dec.clone() for key, one in bank.items()}
+    further = sf.train(stream, bank, n_tokens=60_000, out=tmp_path / "run", progress=False)
+    for key, one in bank.items():
+        assert torch.equal(one.W_dec, before[key])
+        x = next(stream.held_out_batches(2_000))[key[0]]
+        fvus = [
+            float(sf.metrics.fraction_variance_unexplained(x, each[key](x)))
+            for each in (bank, further)
+        ]
+        assert fvus[1] < 0.8 * fvus[0]
+        assert further[key].origin.n_tokens == 80_000
+    loaded = sf.Bank.load(tmp_path / "run")
+    assert torch.equal(loaded["b", 2, 0].W_dec, further["b", 2, 0].W_dec)
+
+
+def test_training_further_begins_where_training_ended(stream):
+    """One step at a learning rate of almost 0 changes nothing, whatever the hook's scale."""
+    bank = train(stream, n_tokens=20_000)
+    config = sf.TopKConfig(k=2, learning_rate=1e-12)
+    for one in bank.values():
+        one.config = config
+    further = sf.train(stream, bank, n_tokens=500, progress=False)
+    for key, one in bank.items():
+        x = next(stream.held_out_batches(500))[key[0]]
+        torch.testing.assert_close(further[key](x), one(x), rtol=1e-4, atol=1e-4)
+
+
+def test_training_further_needs_the_hooks_of_the_bank(stream):
+    bank = train(stream, n_tokens=1_000)
+    other = sf.ActivationStream.from_tensors({"a": sparse_data(1_000, 16, 24)}, batch_size=500)
+    with pytest.raises(ValueError, match="has nothing"):
+        sf.train(other, bank, n_tokens=1_000, progress=False)
+
+
+def test_a_transcoder_learns_what_one_hook_does_to_another(generator):
+    """The target is a linear map of a sparse sum, of another width, scale and centre."""
+    x = sparse_data(20_000, 16, 24)
+    y = x @ torch.randn(16, 10, generator=generator) + 5
+    stream = sf.ActivationStream.from_tensors({"in": 30 * x + 2, "out": y}, batch_size=500)
+    bank = sf.train(
+        stream,
+        sf.TopKConfig(k=4, learning_rate=3e-3),
+        targets={"in": "out"},
+        expansion_factors=[3],
+        n_tokens=200_000,
+        progress=False,
+    )
+    transcoder = bank["in", 3, 0]
+    assert (transcoder.d_in, transcoder.d_out, transcoder.d_sae) == (16, 10, 48)
+    assert transcoder.origin.target_hook_name == "out"
+    report = sf.measure(bank, stream, n_tokens=2_000, progress=False)
+    assert report.rows[0].target_hook_name == "out"
+    assert report.rows[0].fvu < 0.2
+
+
+def test_targets_have_to_be_hooks_of_the_stream(stream):
+    with pytest.raises(ValueError, match="does not read"):
+        train(stream, targets={"a": "c"})
 
 
 def test_dead_latents_come_back_under_the_auxiliary_loss_alone():

@@ -243,37 +243,52 @@ def read_activations(
 
 @contextmanager
 def replaced_activations(
-    model: Any, hook_name: str, function: Callable[[Tensor], Tensor]
+    model: Any,
+    hook_name: str,
+    function: Callable[[Tensor, Tensor], Tensor],
+    source: str | None = None,
 ) -> Iterator[None]:
-    """While it is open, every forward of `model` goes on with `function` of the hook's value.
+    """While it is open, every forward of `model` goes on with what `function` makes of a hook.
 
     Args:
         model: A TransformerLens model.
         hook_name: One hook.
-        function: Is given the value as [b, s, d], heads flattened, and returns a tensor of
-            the same shape, which is converted to the model's dtype. It must not change what
-            it is given.
+        function: Is given the hook's value as [b, s, d], heads flattened, and that of `source`,
+            and returns a tensor of the first one's shape, which is converted to the model's
+            dtype. It must not change what it is given.
+        source: A hook that is reached before; None for `hook_name` itself.
 
     Raises:
-        ValueError: `hook_name` is unknown or stands for several hooks, or, in a forward,
-            `function` returns another shape.
+        ValueError: A name is unknown or stands for several hooks, or, in a forward,
+            `function` returns another shape or `source` was not reached before.
     """
-    names = resolve_hooks(model, hook_name)
-    if len(names) != 1:
-        raise ValueError(f"{hook_name!r} stands for {len(names)} hooks; replace one at a time.")
+    name, source_name = (_only_hook(model, one) for one in (hook_name, source or hook_name))
+    read: list[Tensor] = []
 
-    def hook_function(value: Tensor, hook: Any) -> Tensor:
+    def keep(value: Tensor, hook: Any) -> None:
+        read[:] = [value.flatten(2)]
+
+    def replace(value: Tensor, hook: Any) -> Tensor:
+        if not read:
+            raise ValueError(f"{source_name} is not reached before {name}, which it replaces.")
         given = value.flatten(2)
-        replaced = function(given)
+        replaced = function(given, read.pop())
         if replaced.shape != given.shape:
             raise ValueError(
-                f"The replacement at {names[0]} has shape {list(replaced.shape)}, but "
+                f"The replacement at {name} has shape {list(replaced.shape)}, but "
                 f"{list(given.shape)} was given. It must return one vector for each position."
             )
         return replaced.to(value.dtype).reshape(value.shape)
 
-    with _attached([(model.hook_dict[names[0]], hook_function)]):
+    with _attached([(model.hook_dict[source_name], keep), (model.hook_dict[name], replace)]):
         yield
+
+
+def _only_hook(model: Any, request: str) -> str:
+    names = resolve_hooks(model, request)
+    if len(names) != 1:
+        raise ValueError(f"{request!r} stands for {len(names)} hooks; replace one at a time.")
+    return names[0]
 
 
 class _EveryHookRead(Exception):  # noqa: N818 (it is no error)

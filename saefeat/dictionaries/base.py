@@ -212,6 +212,21 @@ class Dictionary(nn.Module, ABC):
         self.b_dec.div_(target_scale)
 
     @torch.no_grad()
+    def fold_decoder_norms(self) -> None:
+        """Bring decoder rows to length 1 with outputs as they were, before training further.
+
+        Raises:
+            ValueError: A row is 0, so that it has no direction.
+        """
+        norms = self.W_dec.norm(dim=1, keepdim=True)
+        if (norms == 0).any():
+            raise ValueError(
+                f"{int((norms == 0).sum())} decoder rows of the dictionary of "
+                f"{self.hook_name!r} are 0, so that it cannot be trained further."
+            )
+        self.W_dec.div_(norms)
+
+    @torch.no_grad()
     def drop_parallel_gradient(self) -> None:
         """Remove the part of the decoder's gradient that would only change its rows' length."""
         gradient = self.W_dec.grad

@@ -112,6 +112,12 @@ class Gated(SparseAutoencoder):
         self.b_mag[latents] = self.b_enc[latents]
 
     @torch.no_grad()
+    def fold_decoder_norms(self) -> None:
+        """Also multiplies the bias of the magnitudes."""
+        self.b_mag.mul_(self.W_dec.norm(dim=1))
+        super().fold_decoder_norms()
+
+    @torch.no_grad()
     def fold_scale(self, scale: float, target_scale: float) -> None:
         """Also divides the bias of the magnitudes."""
         super().fold_scale(scale, target_scale)

@@ -155,6 +155,12 @@ class JumpReLU(SparseAutoencoder):
         self.log_threshold[latents] = self.log_threshold.min()
 
     @torch.no_grad()
+    def fold_decoder_norms(self) -> None:
+        """Also multiplies the thresholds."""
+        self.log_threshold.add_(self.W_dec.norm(dim=1).log())
+        super().fold_decoder_norms()
+
+    @torch.no_grad()
     def fold_scale(self, scale: float, target_scale: float) -> None:
         """Also divides the thresholds."""
         super().fold_scale(scale, target_scale)

@@ -192,6 +192,17 @@ class SparseAutoencoder(Dictionary):
         if scale != target_scale:
             self.encoder.mul_(scale / target_scale)
 
+    @torch.no_grad()
+    def fold_decoder_norms(self) -> None:
+        """Also gives the codes the length that the rows lose.
+
+        Kinds that rank latents then rank them by what they add, not by score alone.
+        """
+        norms = self.W_dec.norm(dim=1)
+        self.encoder.mul_(norms[:, None])
+        self.b_enc.mul_(norms)
+        super().fold_decoder_norms()
+
     @property
     def sae_lens_architecture(self) -> str:
         """SAELens has transcoders of ReLU and JumpReLU latents alone; it refuses other names."""

@@ -66,12 +66,20 @@ class CrossEntropy:
         """The model as it is, in nats per token."""
         return self._mean(lambda counts: nullcontext())
 
-    def replaced(self, hook_name: str, replacement: Replacement) -> float:
-        """The loss with the activations of one hook replaced, in nats per token."""
+    def replaced(
+        self, hook_name: str, replacement: Replacement, source: str | None = None
+    ) -> float:
+        """The loss with the activations of one hook replaced, in nats per token.
+
+        Args:
+            hook_name: The hook whose activations are replaced.
+            replacement: Makes the new rows.
+            source: The hook whose rows it is given, for a transcoder; None for `hook_name`.
+        """
 
         def splice(counts: Bool[Tensor, "b s"]) -> AbstractContextManager[None]:
             replace = partial(self._replace, counts=counts, replacement=replacement)
-            return replaced_activations(self.model, hook_name, replace)
+            return replaced_activations(self.model, hook_name, replace, source)
 
         return self._mean(splice)
 
@@ -89,15 +97,16 @@ class CrossEntropy:
     def _replace(
         self,
         activations: Float[Tensor, "b s d"],
+        source: Float[Tensor, "b s d_in"],
         counts: Bool[Tensor, "b s"],
         replacement: Replacement,
     ) -> Float[Tensor, "b s d"]:
         chosen = counts.to(activations.device)
         if self.max_norm_ratio is not None:
-            norms = activations.float().norm(dim=-1)
+            norms = source.float().norm(dim=-1)
             chosen = chosen & (norms <= self.max_norm_ratio * norms[chosen].median())
         out = activations.clone()
-        out[chosen] = replacement(activations[chosen].cpu().float()).to(activations)
+        out[chosen] = replacement(source[chosen].cpu().float()).to(activations)
         return out
 
     @torch.no_grad()

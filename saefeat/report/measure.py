@@ -57,7 +57,8 @@ def measure(
             "n_tokens must be at least 2, ce_tokens at least 1 and ablation 'zero' or 'mean', "
             f"got {n_tokens}, {ce_tokens} and {ablation!r}."
         )
-    missing = [hook_name for hook_name in bank.hooks if hook_name not in stream.hooks]
+    wanted = dict.fromkeys([*bank.hooks, *bank.targets.values()])
+    missing = [hook_name for hook_name in wanted if hook_name not in stream.hooks]
     if missing:
         raise KeyError(
             f"The stream has no hook {missing[0]!r}, which the bank has dictionaries of; it has "
@@ -70,22 +71,22 @@ def measure(
         )
     sparsity = {key: SparsityCounts(one.W_dec.detach().norm(dim=1)) for key, one in bank.items()}
     fidelity = {key: FidelitySums() for key in bank}
-    row_sums = {name: torch.zeros(stream.widths[name], dtype=torch.float64) for name in bank.hooks}
+    row_sums = {
+        name: torch.zeros(stream.widths[name], dtype=torch.float64)
+        for name in {*bank.targets.values()}
+    }
     n_seen = 0
     bar = tqdm(unit="tok", desc="measuring", disable=not progress)
     for batch in stream.held_out_batches(n_tokens):
         n_seen += len(next(iter(batch.values())))
         bar.update(n_seen - bar.n)
-        for hook_name in bank.hooks:
-            x = batch[hook_name].cpu().float()
-            row_sums[hook_name] += x.double().sum(0)
-            for key, dictionary in bank.items():
-                if key[0] == hook_name:
-                    codes = dictionary.encode(x)
-                    sparsity[key].update(codes)
-                    predicted = dictionary.origin.target_hook_name
-                    target = x if predicted is None else batch[predicted].cpu().float()
-                    fidelity[key].update(target, dictionary.decode(codes))
+        rows = {name: batch[name].cpu().float() for name in wanted}
+        for name, total in row_sums.items():
+            total += rows[name].double().sum(0)
+        for key, dictionary in bank.items():
+            codes = dictionary.encode(rows[key[0]])
+            sparsity[key].update(codes)
+            fidelity[key].update(rows[bank.targets[key]], dictionary.decode(codes))
     bar.close()
     losses: dict[Key, dict[str, float]] = {}
     cross_entropy = None
@@ -94,16 +95,16 @@ def measure(
         evaluation = CrossEntropy(model, stream.held_out_tokens.first(n_contexts))
         means = {name: (total / n_seen).float() for name, total in row_sums.items()}
         losses, cross_entropy = _losses(bank, evaluation, ablation, means, progress)
-    rows = [
-        _row(key, dictionary, sparsity[key], fidelity[key], losses.get(key, {}))
+    measured = [
+        _row(key, dictionary, bank.targets[key], sparsity[key], fidelity[key], losses.get(key, {}))
         for key, dictionary in bank.items()
     ]
     return Report(
         saefeat_version=saefeat.__version__,
         model=stream.model_name,
         n_tokens=n_seen,
-        rows=rows,
-        layers=[_layer(hook_name, rows, sparsity) for hook_name in bank.hooks],
+        rows=measured,
+        layers=[_layer(hook_name, measured, sparsity) for hook_name in bank.hooks],
         left_out=asdict(stream.left_out),
         cross_entropy=cross_entropy,
         densities={
@@ -122,17 +123,20 @@ def _losses(
 ) -> tuple[dict[Key, dict[str, float]], dict[str, Any]]:
     clean = evaluation.clean()
     losses: dict[Key, dict[str, float]] = {}
-    for hook_name in tqdm(bank.hooks, desc="loss recovered", unit="hook", disable=not progress):
-        mean = means[hook_name] if ablation == "mean" else torch.zeros_like(means[hook_name])
-        ablated = evaluation.replaced(hook_name, mean.expand_as)
-        for key, dictionary in bank.items():
-            if key[0] == hook_name:
-                spliced = evaluation.replaced(hook_name, dictionary)
-                losses[key] = {
-                    "ce_loss_spliced": spliced,
-                    "ce_loss_ablated": ablated,
-                    "ce_loss_recovered": ce_loss_recovered(clean, spliced, ablated),
-                }
+    ablated: dict[str, float] = {}
+    for key, dictionary in tqdm(
+        bank.items(), desc="loss recovered", unit="dictionary", disable=not progress
+    ):
+        target = bank.targets[key]
+        if target not in ablated:
+            mean = means[target] if ablation == "mean" else torch.zeros_like(means[target])
+            ablated[target] = evaluation.replaced(target, mean.expand_as)
+        spliced = evaluation.replaced(target, dictionary, source=key[0])
+        losses[key] = {
+            "ce_loss_spliced": spliced,
+            "ce_loss_ablated": ablated[target],
+            "ce_loss_recovered": ce_loss_recovered(clean, spliced, ablated[target]),
+        }
     facts = {"clean": clean, "ablation": ablation, "n_tokens": evaluation.tokens.ids.numel()}
     return losses, facts
 
@@ -140,6 +144,7 @@ def _losses(
 def _row(
     key: Key,
     dictionary: Dictionary,
+    target: str,
     sparsity: SparsityCounts,
     fidelity: FidelitySums,
     losses: Mapping[str, float],
@@ -149,6 +154,7 @@ def _row(
     alive = density[density > 0]
     return Row(
         hook_name=hook_name,
+        target_hook_name=target,
         layer=layer_number(hook_name),
         architecture=dictionary.architecture,
         d_in=dictionary.d_in,

@@ -25,6 +25,8 @@ class Row:
     """One dictionary."""
 
     hook_name: str
+    target_hook_name: str
+    """The hook that it reconstructs: `hook_name`, but for transcoders."""
     layer: int | None
     """The first number in the hook's name."""
     architecture: str

@@ -40,6 +40,11 @@ class Bank(Mapping[Key, Dictionary]):
         """The hook points that its dictionaries read, each once."""
         return list(dict.fromkeys(hook_name for hook_name, _, _ in self))
 
+    @property
+    def targets(self) -> dict[Key, str]:
+        """The hook that each dictionary reconstructs: its own, but for transcoders."""
+        return {key: one.origin.target_hook_name or key[0] for key, one in self.items()}
+
     def save(self, folder: str | Path) -> Path:
         """Write every dictionary to `folder/<hook_name>/x<expansion_factor>-seed<seed>/`."""
         for (hook_name, expansion_factor, seed), dictionary in self.items():

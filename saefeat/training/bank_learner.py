@@ -22,13 +22,14 @@ class BankLearner:
     """Trains dictionaries that share batches; those of one hook share its normalised rows.
 
     Args:
-        dictionaries: What to train, untrained, by key.
-        targets: For transcoders, the hook that those of each hook predict.
+        dictionaries: What to train by key; it is changed.
         n_tokens: Rows of the whole run.
         n_steps: Steps of the whole run.
         device: Where to compute.
         kernels: Backend of the sparse products.
         selection_dtype: Dtype of the dense product that only selects.
+        trained: Whether the dictionaries are trained already and read raw activations, so
+            that they are not initialised.
     """
 
     def __init__(
@@ -40,10 +41,11 @@ class BankLearner:
         device: torch.device,
         kernels: Kernels,
         selection_dtype: torch.dtype,
-        targets: Mapping[str, str] | None = None,
+        trained: bool = False,
     ) -> None:
         self.device = device
-        self.targets = targets or {}
+        self.trained = trained
+        self.targets = Bank(dictionaries).targets
         self.selection_dtype = selection_dtype
         self.step_number = 0
         self.n_tokens_seen = 0
@@ -52,7 +54,7 @@ class BankLearner:
         self.scales: dict[str, ActivationScale] = {}
         for key, dictionary in dictionaries.items():
             self.scales.setdefault(key[0], ActivationScale(dictionary.d_in))
-            self.scales.setdefault(self._target(key[0]), ActivationScale(dictionary.d_out))
+            self.scales.setdefault(self.targets[key], ActivationScale(dictionary.d_out))
             self.learners.setdefault(key[0], {})[key] = Learner(
                 dictionary.to(device),
                 n_tokens=n_tokens,
@@ -79,13 +81,15 @@ class BankLearner:
         for hook_name in self.scales:
             x = batch[hook_name].to(self.device, torch.float32)
             scaled[hook_name] = x * self._scale(hook_name, x)
+        if self.step_number == 0:
+            self._begin(scaled)
+        variances = {name: (x - x.mean(0)).square().sum() for name, x in scaled.items()}
         for hook_name, learners in self.learners.items():
-            x, target = scaled[hook_name], scaled[self._target(hook_name)]
-            variance = (target - target.mean(0)).square().sum()
-            if self.step_number == 0:
-                self._initialise(hook_name, x, target)
             for key, learner in learners.items():
-                terms = learner.step(x, target, variance, self.step_number)
+                target = self.targets[key]
+                terms = learner.step(
+                    scaled[hook_name], scaled[target], variances[target], self.step_number
+                )
                 if not np.isfinite(terms["loss"]):
                     raise ValueError(
                         f"The loss of {key} is {terms['loss']} at step {self.step_number}: the "
@@ -102,16 +106,14 @@ class BankLearner:
         bank = {}
         for hook_name, learners in self.learners.items():
             for key, learner in learners.items():
-                dictionary = learner.dictionary.with_origin(n_tokens=self.n_tokens_seen)
+                dictionary = learner.dictionary
+                n_tokens = dictionary.origin.n_tokens + self.n_tokens_seen
+                dictionary.with_origin(n_tokens=n_tokens)
                 dictionary.fold_scale(
-                    self.scales[hook_name].factor, self.scales[self._target(hook_name)].factor
+                    self.scales[hook_name].factor, self.scales[self.targets[key]].factor
                 )
                 bank[key] = dictionary.requires_grad_(False).to("cpu")
         return Bank(bank)
-
-    def _target(self, hook_name: str) -> str:
-        """The hook that dictionaries of `hook_name` reconstruct."""
-        return self.targets.get(hook_name, hook_name)
 
     def _scale(self, hook_name: str, x: Float[Tensor, "n d_in"]) -> float:
         scale = self.scales[hook_name]
@@ -124,17 +126,23 @@ class BankLearner:
             raise ValueError(f"All activations of {hook_name} are zero. Is the hook ever used?")
         return scale.factor
 
-    def _initialise(
-        self, hook_name: str, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"]
-    ) -> None:
-        _check_that_it_varies(hook_name, x)
-        _check_that_it_varies(self._target(hook_name), target)
-        sample, target = x[:INITIAL_ROWS], target[:INITIAL_ROWS]
-        centre = geometric_median(target)
-        for (_, _, seed), learner in self.learners[hook_name].items():
-            generator = torch.Generator()
-            generator.manual_seed(_initial_seed(hook_name, learner.dictionary.d_sae, seed))
-            learner.dictionary.initialise(generator, centre, sample, target)
+    def _begin(self, scaled: Mapping[str, Float[Tensor, "n _"]]) -> None:
+        """Initialise the dictionaries from the first batch, or fit trained ones to its scale."""
+        for hook_name, x in scaled.items():
+            _check_that_it_varies(hook_name, x)
+        sample = {name: x[:INITIAL_ROWS] for name, x in scaled.items()}
+        centres = {name: geometric_median(sample[name]) for name in {*self.targets.values()}}
+        for hook_name, learners in self.learners.items():
+            for key, learner in learners.items():
+                dictionary, target = learner.dictionary, self.targets[key]
+                if self.trained:
+                    dictionary.fold_decoder_norms()
+                    factors = self.scales[hook_name].factor, self.scales[target].factor
+                    dictionary.fold_scale(1 / factors[0], 1 / factors[1])
+                    continue
+                generator = torch.Generator()
+                generator.manual_seed(_initial_seed(hook_name, dictionary.d_sae, key[2]))
+                dictionary.initialise(generator, centres[target], sample[hook_name], sample[target])
 
 
 def _check_that_it_varies(hook_name: str, x: Float[Tensor, "n d"]) -> None:

@@ -1,5 +1,6 @@
 """`train`: a bank of dictionaries from one pass over a stream."""
 
+import copy
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from saefeat.training.loggers import MetricsFile
 
 def train(
     stream: ActivationStream,
-    config: DictionaryConfig,
+    config: DictionaryConfig | Bank,
     *,
     expansion_factors: Sequence[float] = (8,),
     seeds: Sequence[int] = (0,),
@@ -42,7 +43,9 @@ def train(
 
     Args:
         stream: Where the activations come from; only its training part is read.
-        config: What kind of dictionary, and its recipe.
+        config: What kind of dictionary, and its recipe; or a bank to train further, by the
+            recipes that its dictionaries hold. The bank itself stays as it is, and
+            `expansion_factors`, `seeds` and `targets` are its own.
         expansion_factors: d_sae / d_in of each dictionary; fractions are fine.
         seeds: Seeds of the initial weights.
         targets: None trains a dictionary of every hook. {hook: other hook} trains transcoders
@@ -71,9 +74,15 @@ def train(
         )
     device = resolve_device(device)
     kernel_name, backend = choose_kernels(kernels, device)
+    further = isinstance(config, Bank)
+    dictionaries = (
+        _copies(stream, config)
+        if isinstance(config, Bank)
+        else _blank_dictionaries(stream, config, expansion_factors, seeds, targets)
+    )
     learner = BankLearner(
-        _blank_dictionaries(stream, config, expansion_factors, seeds, targets),
-        targets=targets,
+        dictionaries,
+        trained=further,
         n_tokens=n_tokens,
         n_steps=math.ceil(n_tokens / stream.batch_size),
         device=device,
@@ -83,13 +92,10 @@ def train(
     if out is not None:
         out = claim_folder(Path(out))
         run = {
-            "architecture": dictionary_type(config).architecture,
-            "config": asdict(config),
+            "dictionaries": [_described(key, one) for key, one in dictionaries.items()],
+            "trained_further": further,
             "model": stream.model_name,
             "hooks": {name: stream.widths[name] for name in stream.hooks},
-            "targets": dict(targets or {}),
-            "expansion_factors": list(expansion_factors),
-            "seeds": list(seeds),
             "n_tokens": n_tokens,
             "batch_size": stream.batch_size,
             "stream_seed": stream.seed,
@@ -125,6 +131,36 @@ def train(
     if out is not None:
         bank.save(out / "saes")
     return bank
+
+
+def _described(key: Key, dictionary: Dictionary) -> dict[str, object]:
+    hook_name, expansion_factor, seed = key
+    return {
+        "hook_name": hook_name,
+        "target_hook_name": dictionary.origin.target_hook_name,
+        "expansion_factor": expansion_factor,
+        "seed": seed,
+        "architecture": dictionary.architecture,
+        "config": asdict(dictionary.config),
+    }
+
+
+def _copies(stream: ActivationStream, bank: Bank) -> dict[Key, Dictionary]:
+    for key, dictionary in bank.items():
+        for hook_name, width in (
+            (key[0], dictionary.d_in),
+            (bank.targets[key], dictionary.d_out),
+        ):
+            if stream.widths.get(hook_name) != width:
+                raise ValueError(
+                    f"The dictionary {key} has width {width} at {hook_name}, where the stream "
+                    f"has {stream.widths.get(hook_name, 'nothing')}. Make the stream with the "
+                    "hooks of the bank, on the model that it was trained on."
+                )
+    copies = {key: copy.deepcopy(one).float().requires_grad_(True) for key, one in bank.items()}
+    for (hook_name, expansion_factor, seed), one in copies.items():
+        one.with_origin(hook_name=hook_name, expansion_factor=expansion_factor, seed=seed)
+    return copies
 
 
 def _blank_dictionaries(
