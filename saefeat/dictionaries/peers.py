@@ -1,9 +1,10 @@
 """Files of dictionaries as other libraries write them; they are read, never written."""
 
+import math
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -20,13 +21,30 @@ def find_gemma_scope(folder: Path) -> Found:
     """
     path = folder / "params.npz"
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            tensors = {name: torch.from_numpy(arrays[name]) for name in arrays}
+        with path.open("rb") as file:
+            _check_sizes(file)
+            with np.load(file, allow_pickle=False) as arrays:
+                tensors = {name: torch.from_numpy(arrays[name]) for name in arrays}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a whole npz file ({error}).") from error
     # Files of some sizes name matrices w_enc and w_dec.
     tensors = {name.replace("w_", "W_"): tensor for name, tensor in tensors.items()}
     return Found(path=path, architecture="jumprelu", tensors=tensors, takes_b_dec_from_input=False)
+
+
+def _check_sizes(file: IO[bytes]) -> None:
+    """Refuse arrays whose header asks for more memory than there is data."""
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as array:
+                version = np.lib.format.read_magic(array)
+                one = version == (1, 0)
+                formats = np.lib.format
+                read = formats.read_array_header_1_0 if one else formats.read_array_header_2_0
+                shape, _, dtype = read(array)
+            if math.prod(shape) * dtype.itemsize > member.file_size:
+                raise ValueError(f"{member.filename} claims {list(shape)} and holds less")
+    file.seek(0)
 
 
 _LINEAR = {
