@@ -8,6 +8,7 @@ import torch
 from saefeat.dictionaries.auxiliary import AuxiliaryConfig
 from saefeat.dictionaries.base import Origin, StepContext
 from saefeat.dictionaries.batch_topk import BatchTopK
+from saefeat.dictionaries.gated import Gated
 from saefeat.dictionaries.jump_relu import JumpReLU
 from saefeat.dictionaries.loading import load_dictionary
 from saefeat.dictionaries.matching_pursuit import MatchingPursuit
@@ -292,7 +293,12 @@ def plain_standard(dictionary, x, target, dead):
     values = plain_scores(dictionary, x).relu()
     l1 = 2.0 * (values * dictionary.W_dec.norm(dim=1)).sum()
     return plain_loss(
-        dictionary, x, target, dead, values, l1 / (target - target.mean(0)).square().sum()
+        dictionary,
+        x,
+        target,
+        dead,
+        values,
+        l1 / ((target - target.mean(0)).square().sum() * target.numel()).sqrt(),
     )
 
 
@@ -303,7 +309,9 @@ def plain_gated(dictionary, x, target, dead):
     values = magnitudes.relu() * (gates > 0)
     l1 = 2.0 * (gates.relu() * dictionary.W_dec.norm(dim=1)).sum()
     frozen = target - gates.relu() @ dictionary.W_dec.detach() - dictionary.b_dec.detach()
-    extra = l1 / (target - target.mean(0)).square().sum() + share(frozen, target)
+    extra = l1 / ((target - target.mean(0)).square().sum() * target.numel()).sqrt() + share(
+        frozen, target
+    )
     return plain_loss(dictionary, x, target, dead, values, extra)
 
 
@@ -328,7 +336,7 @@ def plain_jumprelu(dictionary, x, target, dead):
     step = PlainStep.apply(scores.detach(), threshold)
     values = scores * (scores > threshold) + threshold.detach() * (step - step.detach())
     penalty = 2.0 * PlainStep.apply(scores, threshold).sum()
-    extra = penalty / (target - target.mean(0)).square().sum()
+    extra = penalty / target.numel()
     return plain_loss(dictionary, x, target, dead, values, extra)
 
 
@@ -362,6 +370,59 @@ def test_the_auxiliary_loss_alone_reaches_the_weights_of_dead_latents(kind, gene
     dictionary.zero_grad()
     dictionary.training_loss(x, x, context_for(x)).total.backward()
     assert dictionary.encoder.grad[off].abs().sum() == 0
+
+
+def gradients_of_a_step(dictionary, x):
+    dictionary.zero_grad()
+    dictionary.training_loss(x, x, context_for(x)).total.backward()
+    return {name: parameter.grad.clone() for name, parameter in dictionary.named_parameters()}
+
+
+def with_coefficient(kind, coefficient, x):
+    dictionary = build(kind, torch.Generator().manual_seed(3))
+    dictionary.penalty.coefficient.fill_(coefficient)
+    return gradients_of_a_step(dictionary, x)
+
+
+def test_the_penalty_of_standard_pushes_the_latents_that_are_on_and_no_others(x):
+    without, weighed = (with_coefficient(Standard, c, x) for c in (0.0, 2.0))
+    on = build(Standard, torch.Generator().manual_seed(3)).encode(x).firing_counts() > 0
+    pushed = weighed["b_enc"] - without["b_enc"]
+    assert (pushed[on] > 0).all()
+    assert (pushed[~on] == 0).all()
+
+
+def test_gates_learn_from_the_penalty_and_from_the_reconstruction_that_is_theirs(x):
+    """What a gate opens passes no gradient, so the two losses alone can move its bias."""
+    without, weighed = (with_coefficient(Gated, c, x) for c in (0.0, 2.0))
+    assert without["b_enc"].abs().sum() > 0
+    assert not torch.equal(without["b_enc"], weighed["b_enc"])
+    # Neither reaches the magnitudes, nor the gates' reconstruction the decoder.
+    for name in ("r_mag", "b_mag"):
+        torch.testing.assert_close(without[name], weighed[name])
+    dictionary = build(Gated, torch.Generator().manual_seed(3))
+    codes = dictionary.encode(x).to_dense()
+    error = x - codes @ dictionary.W_dec - dictionary.b_dec
+    plain = -2 * codes.T @ error / (x - x.mean(0)).square().sum()
+    torch.testing.assert_close(without["W_dec"], plain.detach())
+
+
+def test_the_count_of_jump_relu_moves_thresholds_alone_and_up(x):
+    without, weighed = (with_coefficient(JumpReLU, c, x) for c in (0.0, 2.0))
+    assert ((weighed["log_threshold"] - without["log_threshold"]) < 0).any()
+    assert ((weighed["log_threshold"] - without["log_threshold"]) <= 0).all()
+    for name in ("encoder", "b_enc", "W_dec", "b_dec"):
+        torch.testing.assert_close(weighed[name], without[name])
+
+
+def test_the_loss_of_a_prefix_trains_that_prefix_alone(generator, x):
+    dictionary = build(Matryoshka, generator)
+    dictionary.config = dataclasses.replace(dictionary.config, prefix_weights=(0.0, 1.0, 0.0))
+    gradients = gradients_of_a_step(dictionary, x)
+    middle = dictionary.prefixes[1]
+    assert gradients["W_dec"][:middle].abs().sum() > 0
+    assert gradients["W_dec"][middle:].abs().sum() == 0
+    assert gradients["encoder"][middle:].abs().sum() == 0
 
 
 def test_a_restarted_latent_stands_for_its_new_direction_alone(dictionary, x):

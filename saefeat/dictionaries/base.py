@@ -117,6 +117,9 @@ class Dictionary(nn.Module, ABC):
     restarts_dead_latents: ClassVar[bool] = True
     """Whether training points dead latents at what is badly reconstructed (`restart`)."""
 
+    rate_factors: ClassVar[dict[str, float]] = {}
+    """Parameters that learn faster or slower than the learning rate, and by what factor."""
+
     def __init__(
         self,
         config: DictionaryConfig,

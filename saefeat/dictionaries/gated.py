@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saefeat.dictionaries.base import Origin, StepContext
-from saefeat.dictionaries.penalty import PenalisedConfig, Penalty, initial_threshold
+from saefeat.dictionaries.penalty import PenalisedConfig, Penalty, initial_threshold, l1_share
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
 from saefeat.kernels.autograd import sparse_decode
 from saefeat.kernels.codes import Codes, SparsityPattern
@@ -95,7 +95,7 @@ class Gated(SparseAutoencoder):
         decoder, b_dec = self.W_dec.detach(), self.b_dec.detach()
         residual = target - sparse_decode(context.kernels, gates, decoder, b_dec)
         return {
-            "l1": coefficient * (gates.values * norms).sum() / context.variance,
+            "l1": coefficient * l1_share(gates.values * norms, target, context),
             "gate_fvu": residual.square().sum() / context.variance,
         }
 

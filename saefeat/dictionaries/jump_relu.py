@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -60,6 +60,8 @@ class JumpReLU(SparseAutoencoder):
 
     architecture = "jumprelu"
     config_type = JumpReLUConfig
+    # At the rate of the weights, a threshold could not double in a run of a hundred steps.
+    rate_factors: ClassVar = {"log_threshold": 10.0}
     config: JumpReLUConfig
 
     def __init__(
@@ -141,7 +143,7 @@ class JumpReLU(SparseAutoencoder):
             smooth = torch.tanh(self.config.tanh_scale * codes.values * norms)
             often = context.kernels.latent_sums(codes.pattern, smooth) / codes.n_rows
             count = codes.n_rows * (often * (1 + often / self.config.frequent)).sum()
-        return {"sparsity": coefficient * count / context.variance}
+        return {"sparsity": coefficient * count / target.numel()}
 
     @torch.no_grad()
     def restart(

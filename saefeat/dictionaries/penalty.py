@@ -18,8 +18,9 @@ class PenalisedConfig(DictionaryConfig):
     """The recipe of the kinds whose sparsity comes from a penalty."""
 
     sparsity_coefficient: float = 2.0
-    """Weight of the penalty beside the squared error, both summed over a token whose activations
-    have norm sqrt(d_in). Where `target_l0` is given, only the value to start from."""
+    """Weight of the penalty beside the squared error, both summed over a token, in units in which
+    each coordinate has variance 1: a latent pays if it explains that many coordinates. Where
+    `target_l0` is given, only the value to start from."""
     target_l0: float | None = None
     """Latents on per token to steer for, by moving the coefficient. None keeps it fixed."""
     penalty_warmup_fraction: float = 0.05
@@ -33,6 +34,13 @@ def initial_threshold(scores: Float[Tensor, "n d_sae"], initial_l0: float) -> Fl
     """The score that `initial_l0` latents of a token pass on average; never below 0."""
     n_above = min(int(initial_l0 * len(scores)), scores.numel() // 2)
     return scores.flatten().kthvalue(scores.numel() - n_above).values.clamp_min(0)
+
+
+def l1_share(
+    contributions: Float[Tensor, " nnz"], target: Float[Tensor, "n d_out"], context: StepContext
+) -> Float[Tensor, ""]:
+    """Summed contributions over those of as many coordinates of the target's mean variance."""
+    return contributions.sum() / (context.variance * target.numel()).sqrt()
 
 
 class Penalty(nn.Module):

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saefeat.dictionaries.base import Origin, StepContext
-from saefeat.dictionaries.penalty import PenalisedConfig, Penalty, initial_threshold
+from saefeat.dictionaries.penalty import PenalisedConfig, Penalty, initial_threshold, l1_share
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
 from saefeat.kernels.codes import Codes, SparsityPattern
 
@@ -21,7 +21,7 @@ class Standard(SparseAutoencoder):
     """Every latent above 0 is on; an L1 penalty keeps most of them off.
 
         f = ReLU((x - b_dec) @ W_enc + b_enc)
-        loss = sum |x - x_hat|^2 + l1 * sum_i f_i |d_i|,  as a share of the variance of x
+        loss = sum |x - x_hat|^2 + l1 * sum_i f_i |d_i|,  in the units that `PenalisedConfig` states
 
     The penalty weighs decoder norms in (Anthropic's April 2024 update), though rows stay at
     length 1 here. A ReLU passes no gradient where it is off, so the step works on the entries
@@ -73,4 +73,4 @@ class Standard(SparseAutoencoder):
         """The L1 penalty."""
         coefficient = self.penalty.step(codes, context)
         norms = self.W_dec.norm(dim=1)[codes.latents]
-        return {"l1": coefficient * (codes.values * norms).sum() / context.variance}
+        return {"l1": coefficient * l1_share(codes.values * norms, target, context)}

@@ -51,7 +51,13 @@ class Learner:
         self.generator = torch.Generator(dictionary.W_dec.device)
         self.generator.manual_seed(dictionary.origin.seed or 0)
         self.optimizer = torch.optim.Adam(
-            dictionary.parameters(), lr=0.0, betas=config.adam_betas, fused=True
+            [
+                {"params": [parameter], "factor": dictionary.rate_factors.get(name, 1.0)}
+                for name, parameter in dictionary.named_parameters()
+            ],
+            lr=0.0,
+            betas=config.adam_betas,
+            fused=True,
         )
         self.dead = DeadLatents(
             dictionary.d_sae, patience_tokens(config, n_tokens), dictionary.W_dec.device
@@ -76,7 +82,8 @@ class Learner:
             warmup_fraction=config.warmup_fraction,
             decay_fraction=config.decay_fraction,
         )
-        self.optimizer.param_groups[0]["lr"] = learning_rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group["factor"]
         dead = self.dead.mask
         n_dead = int(dead.sum())
         loss = dictionary.training_loss(
