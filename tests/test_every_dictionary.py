@@ -289,6 +289,10 @@ def plain_matryoshka(dictionary, x, target, dead):
     return mixed + plain_auxiliary(dictionary, x, error, dead)
 
 
+def l1_share(l1, target):
+    return l1 / ((target - target.mean(0)).square().sum() * target.numel()).sqrt()
+
+
 def plain_standard(dictionary, x, target, dead):
     values = plain_scores(dictionary, x).relu()
     l1 = 2.0 * (values * dictionary.W_dec.norm(dim=1)).sum()
@@ -298,7 +302,7 @@ def plain_standard(dictionary, x, target, dead):
         target,
         dead,
         values,
-        l1 / ((target - target.mean(0)).square().sum() * target.numel()).sqrt(),
+        l1_share(l1, target),
     )
 
 
@@ -309,9 +313,7 @@ def plain_gated(dictionary, x, target, dead):
     values = magnitudes.relu() * (gates > 0)
     l1 = 2.0 * (gates.relu() * dictionary.W_dec.norm(dim=1)).sum()
     frozen = target - gates.relu() @ dictionary.W_dec.detach() - dictionary.b_dec.detach()
-    extra = l1 / ((target - target.mean(0)).square().sum() * target.numel()).sqrt() + share(
-        frozen, target
-    )
+    extra = l1_share(l1, target) + share(frozen, target)
     return plain_loss(dictionary, x, target, dead, values, extra)
 
 
