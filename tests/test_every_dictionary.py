@@ -427,6 +427,17 @@ def test_the_loss_of_a_prefix_trains_that_prefix_alone(generator, x):
     assert gradients["encoder"][middle:].abs().sum() == 0
 
 
+def test_pursuit_in_a_bfloat16_dictionary_fits_in_float32(generator, x):
+    dictionary = build(MatchingPursuit, generator)
+    fvus = []
+    for dtype in (torch.float32, torch.bfloat16):
+        codes = dictionary.to(dtype).encode(x)
+        assert codes.values.dtype == dtype
+        dense = codes.to_dense().float() @ dictionary.W_dec.float() + dictionary.b_dec.float()
+        fvus.append(float(share(x - dense, x).detach()))
+    assert fvus[1] < 1.05 * fvus[0]
+
+
 def test_a_restarted_latent_stands_for_its_new_direction_alone(dictionary, x):
     latents = torch.tensor([2, 7])
     directions = torch.nn.functional.normalize(x[:2], dim=1)

@@ -142,6 +142,10 @@ class Dictionary(nn.Module, ABC):
         self.d_sae = d_sae
         self.W_dec = nn.Parameter(torch.zeros(d_sae, self.d_out))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
+        self.set_up()
+
+    def set_up(self) -> None:
+        """Check what a kind asks of its config, and add its own weights, at construction."""
 
     @property
     def hook_name(self) -> str:

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saefeat.dictionaries.base import Origin, StepContext
+from saefeat.dictionaries.base import StepContext
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
-from saefeat.dictionaries.topk import RankedConfig, annealed_k, check_k
+from saefeat.dictionaries.topk import RankedConfig, annealed_k, check_ranked
 from saefeat.kernels.codes import Codes, SparsityPattern
 
 
@@ -38,16 +38,9 @@ class BatchTopK(SparseAutoencoder):
     threshold_sum: Float[Tensor, ""]
     threshold_weight: Float[Tensor, ""]
 
-    def __init__(
-        self,
-        config: BatchTopKConfig,
-        d_in: int,
-        d_sae: int,
-        origin: Origin | None = None,
-        d_out: int | None = None,
-    ) -> None:
-        super().__init__(config, d_in, d_sae, origin, d_out)
-        check_k(config, d_sae)
+    def set_up(self) -> None:
+        super().set_up()
+        check_ranked(self.config, self.d_sae)
         self.register_buffer("threshold_sum", torch.zeros(()))
         self.register_buffer("threshold_weight", torch.zeros(()))
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saefeat.dictionaries.base import Origin, StepContext
+from saefeat.dictionaries.base import StepContext
 from saefeat.dictionaries.penalty import PenalisedConfig, Penalty, initial_threshold, l1_share
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
 from saefeat.kernels.autograd import sparse_decode
@@ -33,18 +33,11 @@ class Gated(SparseAutoencoder):
     config_type = GatedConfig
     config: GatedConfig
 
-    def __init__(
-        self,
-        config: GatedConfig,
-        d_in: int,
-        d_sae: int,
-        origin: Origin | None = None,
-        d_out: int | None = None,
-    ) -> None:
-        super().__init__(config, d_in, d_sae, origin, d_out)
-        self.r_mag = nn.Parameter(torch.zeros(d_sae))
-        self.b_mag = nn.Parameter(torch.zeros(d_sae))
-        self.penalty = Penalty(config)
+    def set_up(self) -> None:
+        super().set_up()
+        self.r_mag = nn.Parameter(torch.zeros(self.d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(self.d_sae))
+        self.penalty = Penalty(self.config)
 
     @torch.no_grad()
     def initialise(

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saefeat.dictionaries.base import Origin, StepContext
+from saefeat.dictionaries.base import StepContext
 from saefeat.dictionaries.penalty import PenalisedConfig, Penalty, initial_threshold
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
 from saefeat.kernels.codes import Codes, SparsityPattern
@@ -64,24 +64,16 @@ class JumpReLU(SparseAutoencoder):
     rate_factors: ClassVar = {"log_threshold": 10.0}
     config: JumpReLUConfig
 
-    def __init__(
-        self,
-        config: JumpReLUConfig,
-        d_in: int,
-        d_sae: int,
-        origin: Origin | None = None,
-        d_out: int | None = None,
-    ) -> None:
-        super().__init__(config, d_in, d_sae, origin, d_out)
-        if config.bandwidth <= 0:
-            raise ValueError(f"JumpReLU needs bandwidth > 0, got {config.bandwidth}.")
-        if config.sparsity_loss not in ("step", "tanh_quadratic"):
-            raise ValueError(
-                f"sparsity_loss must be 'step' or 'tanh_quadratic', got {config.sparsity_loss!r}."
-            )
+    def set_up(self) -> None:
+        super().set_up()
+        if self.config.bandwidth <= 0:
+            raise ValueError(f"JumpReLU needs bandwidth > 0, got {self.config.bandwidth}.")
+        loss = self.config.sparsity_loss
+        if loss not in ("step", "tanh_quadratic"):
+            raise ValueError(f"sparsity_loss must be 'step' or 'tanh_quadratic', got {loss!r}.")
         # Its logarithm is learned, so that a threshold stays above 0.
-        self.log_threshold = nn.Parameter(torch.zeros(d_sae))
-        self.penalty = Penalty(config)
+        self.log_threshold = nn.Parameter(torch.zeros(self.d_sae))
+        self.penalty = Penalty(self.config)
 
     @property
     def threshold(self) -> Float[Tensor, " d_sae"]:
@@ -130,15 +122,16 @@ class JumpReLU(SparseAutoencoder):
         context: StepContext,
     ) -> dict[str, Float[Tensor, ""]]:
         """The smooth or the exact count of the latents that are on."""
-        coefficient = self.penalty.step(codes, context)
-        target_l0 = self.config.target_l0
         if self.config.sparsity_loss == "step":
             threshold = self.threshold[codes.latents]
             count = _Step.apply(scores, threshold, self.config.bandwidth).sum()
-            if target_l0 is not None:
-                miss = count.detach() / codes.n_rows / target_l0 - 1
+            if self.config.target_l0 is None:
+                coefficient = self.penalty.step(codes, context)
+            else:
+                miss = count.detach() / codes.n_rows / self.config.target_l0 - 1
                 coefficient = (TARGET_GAIN * miss).clamp(-MAX_COEFFICIENT, MAX_COEFFICIENT)
         else:
+            coefficient = self.penalty.step(codes, context)
             norms = self.W_dec.norm(dim=1)[codes.latents]
             smooth = torch.tanh(self.config.tanh_scale * codes.values * norms)
             often = context.kernels.latent_sums(codes.pattern, smooth) / codes.n_rows

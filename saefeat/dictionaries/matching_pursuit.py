@@ -9,10 +9,10 @@ from torch import Tensor
 from saefeat.dictionaries.base import (
     Dictionary,
     DictionaryConfig,
-    Origin,
     StepContext,
     StepLoss,
 )
+from saefeat.dictionaries.topk import check_k
 from saefeat.kernels.autograd import sparse_decode
 from saefeat.kernels.codes import Codes
 from saefeat.kernels.dispatch import choose_kernels
@@ -52,22 +52,13 @@ class MatchingPursuit(Dictionary):
     config_type = MatchingPursuitConfig
     config: MatchingPursuitConfig
 
-    def __init__(
-        self,
-        config: MatchingPursuitConfig,
-        d_in: int,
-        d_sae: int,
-        origin: Origin | None = None,
-        d_out: int | None = None,
-    ) -> None:
-        super().__init__(config, d_in, d_sae, origin, d_out)
-        if not 1 <= config.k <= d_sae:
+    def set_up(self) -> None:
+        super().set_up()
+        check_k(self.config.k, self.d_sae)
+        if not 0 <= self.config.tolerance < 1:
             raise ValueError(
-                f"It needs 1 <= k <= d_sae, got k={config.k} and d_sae={d_sae}. "
-                "Lower k or raise the expansion factor."
+                f"tolerance must be at least 0 and below 1, got {self.config.tolerance}."
             )
-        if not 0 <= config.tolerance < 1:
-            raise ValueError(f"tolerance must be at least 0 and below 1, got {config.tolerance}.")
         if self.is_transcoder:
             raise ValueError(
                 "Matching pursuit decomposes what it reads, so it makes no transcoder. "
@@ -85,9 +76,12 @@ class MatchingPursuit(Dictionary):
         if not x.isfinite().all():
             raise ValueError(f"The activations of {self.hook_name!r} hold NaN or infinity.")
         _, kernels = choose_kernels("auto", self.W_dec.device)
-        return kernels.matching_pursuit(
-            x - self.b_dec, self.W_dec, self.config.k, self.config.tolerance
+        # Refits of many picks lose everything in bfloat16.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        codes = kernels.matching_pursuit(
+            (x - self.b_dec).to(dtype), self.W_dec.to(dtype), self.config.k, self.config.tolerance
         )
+        return Codes(codes.pattern, codes.values.to(x.dtype))
 
     def training_loss(
         self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], context: StepContext

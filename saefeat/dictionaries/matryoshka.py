@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saefeat.dictionaries.base import Origin, StepContext
+from saefeat.dictionaries.base import StepContext
 from saefeat.dictionaries.batch_topk import BatchTopK, BatchTopKConfig
 from saefeat.kernels.autograd import sparse_decode
 from saefeat.kernels.codes import Codes
@@ -40,22 +40,15 @@ class Matryoshka(BatchTopK):
     config_type = MatryoshkaConfig
     config: MatryoshkaConfig
 
-    def __init__(
-        self,
-        config: MatryoshkaConfig,
-        d_in: int,
-        d_sae: int,
-        origin: Origin | None = None,
-        d_out: int | None = None,
-    ) -> None:
-        super().__init__(config, d_in, d_sae, origin, d_out)
-        fractions, weights = config.prefix_fractions, config.prefix_weights
-        self.prefixes = [round(fraction * d_sae) for fraction in fractions]
+    def set_up(self) -> None:
+        super().set_up()
+        fractions, weights = self.config.prefix_fractions, self.config.prefix_weights
+        self.prefixes = [round(fraction * self.d_sae) for fraction in fractions]
         rising = all(low < high for low, high in pairwise([0, *self.prefixes]))
-        if not rising or self.prefixes[-1] != d_sae or len(weights) != len(fractions):
+        if not rising or self.prefixes[-1] != self.d_sae or len(weights) != len(fractions):
             raise ValueError(
                 f"prefix_fractions must rise to 1 and have as many weights; {fractions} with "
-                f"weights {weights} make prefixes of {self.prefixes} of {d_sae} latents."
+                f"weights {weights} make prefixes of {self.prefixes} of {self.d_sae} latents."
             )
 
     def reconstruct(

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from saefeat.dictionaries.auxiliary import AuxiliaryConfig, auxiliary_loss
 from saefeat.dictionaries.base import (
     Dictionary,
-    DictionaryConfig,
-    Origin,
     StepContext,
     StepLoss,
     random_unit_rows,
@@ -35,17 +33,10 @@ class SparseAutoencoder(Dictionary):
     papers call by that name.
     """
 
-    def __init__(
-        self,
-        config: DictionaryConfig,
-        d_in: int,
-        d_sae: int,
-        origin: Origin | None = None,
-        d_out: int | None = None,
-    ) -> None:
-        super().__init__(config, d_in, d_sae, origin, d_out)
-        self.encoder = nn.Parameter(torch.zeros(d_sae, d_in))
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+    def set_up(self) -> None:
+        super().set_up()
+        self.encoder = nn.Parameter(torch.zeros(self.d_sae, self.d_in))
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:  # noqa: N802 - the papers' name

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saefeat.dictionaries.base import Origin, StepContext
+from saefeat.dictionaries.base import StepContext
 from saefeat.dictionaries.penalty import PenalisedConfig, Penalty, initial_threshold, l1_share
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
 from saefeat.kernels.codes import Codes, SparsityPattern
@@ -32,16 +32,9 @@ class Standard(SparseAutoencoder):
     config_type = StandardConfig
     config: StandardConfig
 
-    def __init__(
-        self,
-        config: StandardConfig,
-        d_in: int,
-        d_sae: int,
-        origin: Origin | None = None,
-        d_out: int | None = None,
-    ) -> None:
-        super().__init__(config, d_in, d_sae, origin, d_out)
-        self.penalty = Penalty(config)
+    def set_up(self) -> None:
+        super().set_up()
+        self.penalty = Penalty(self.config)
 
     @torch.no_grad()
     def initialise(

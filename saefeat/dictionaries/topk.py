@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saefeat.dictionaries.auxiliary import AuxiliaryConfig
-from saefeat.dictionaries.base import Origin, StepContext
+from saefeat.dictionaries.base import StepContext
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
 from saefeat.kernels.codes import Codes, SparsityPattern
 
@@ -43,16 +43,9 @@ class TopK(SparseAutoencoder):
     config: TopKConfig
     restarts_dead_latents = False
 
-    def __init__(
-        self,
-        config: TopKConfig,
-        d_in: int,
-        d_sae: int,
-        origin: Origin | None = None,
-        d_out: int | None = None,
-    ) -> None:
-        super().__init__(config, d_in, d_sae, origin, d_out)
-        check_k(config, d_sae)
+    def set_up(self) -> None:
+        super().set_up()
+        check_ranked(self.config, self.d_sae)
 
     def encode(self, x: Float[Tensor, "..."]) -> Codes:
         """The k largest latents of each row, those below zero clamped to it."""
@@ -80,13 +73,18 @@ def annealed_k(config: RankedConfig, d_sae: int, progress: float) -> int:
     return min(d_sae, round(config.k * (1 + (config.k_start_factor - 1) * rest)))
 
 
-def check_k(config: RankedConfig, d_sae: int) -> None:
+def check_k(k: int, d_sae: int) -> None:
     """Refuse a number of latents per token that cannot be kept."""
-    if not 1 <= config.k <= d_sae:
+    if not 1 <= k <= d_sae:
         raise ValueError(
-            f"It needs 1 <= k <= d_sae, got k={config.k} and d_sae={d_sae}. "
+            f"It needs 1 <= k <= d_sae, got k={k} and d_sae={d_sae}. "
             "Lower k or raise the expansion factor."
         )
+
+
+def check_ranked(config: RankedConfig, d_sae: int) -> None:
+    """Refuse what `check_k` does, and a k that cannot fall as asked."""
+    check_k(config.k, d_sae)
     if config.k_start_factor < 1 or not 0 <= config.k_anneal_fraction <= 1:
         raise ValueError(
             "k_start_factor must be at least 1 and k_anneal_fraction from 0 to 1, got "
