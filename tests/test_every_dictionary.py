@@ -485,3 +485,14 @@ def test_a_config_belongs_to_one_kind(kind):
     config = kind.config_type(**SMALL[kind.architecture])
     assert dictionary_type(config) is kind
     assert dataclasses.is_dataclass(config)
+
+
+def test_pursuit_sees_atoms_that_were_changed_behind_its_back(generator, x):
+    """The Gram matrix is kept between calls, but never beyond the atoms it belongs to."""
+    dictionary = build(MatchingPursuit, generator)
+    dictionary.encode(x)
+    dictionary.W_dec.data.copy_(dictionary.W_dec.data.flip(0))
+    expected = eager.matching_pursuit(x - dictionary.b_dec, dictionary.W_dec, 5)
+    torch.testing.assert_close(
+        dictionary.encode(x).to_dense(), expected.to_dense(), atol=1e-4, rtol=1e-4
+    )

@@ -11,14 +11,14 @@ from saefeat.training.bank_learner import BankLearner
 D_IN, N_FEATURES = 24, 48
 
 
-def sparse_rows(n, generator):
+def sparse_rows(n, generator, noise=0.05):
     """Sums of four of 48 directions on average, plus a little noise and a far centre."""
     directions = torch.randn(N_FEATURES, D_IN, generator=torch.Generator().manual_seed(5))
     directions /= directions.norm(dim=1, keepdim=True)
     active = torch.rand(n, N_FEATURES, generator=generator) < 4 / N_FEATURES
     magnitudes = 1 + torch.rand(n, N_FEATURES, generator=generator)
-    noise = 0.05 * torch.randn(n, D_IN, generator=generator)
-    return (active * magnitudes) @ directions + noise + 3
+    blur = noise * torch.randn(n, D_IN, generator=generator)
+    return (active * magnitudes) @ directions + blur + 3
 
 
 @pytest.fixture
@@ -48,7 +48,8 @@ def test_a_threshold_is_right_after_a_hundred_steps(config, stream):
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.architecture)
 def test_training_in_bfloat16_ends_within_a_percent_of_float32(kind, generator):
-    x = sparse_rows(20_000, generator)
+    # As much noise as leaves every kind an FVU of 0.2 and more: a percent of less is luck.
+    x = sparse_rows(20_000, generator, noise=0.3)
     options = {"k": 4} if "k" in kind.config_type.__dataclass_fields__ else {"target_l0": 4.0}
     fvus = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -65,9 +66,8 @@ def test_training_in_bfloat16_ends_within_a_percent_of_float32(kind, generator):
             learner.step({"x": x[low : low + 500]})
         sae = learner.finish()["x", 3, 0]
         fvus.append(float(sf.metrics.fraction_variance_unexplained(x, sae(x))))
-    # A percent of the variance: of FVUs near 0.05, a share would be of rounding's own size.
-    assert fvus[1] == pytest.approx(fvus[0], abs=0.01)
-    assert fvus[0] < 0.9
+    assert fvus[1] == pytest.approx(fvus[0], rel=0.01)
+    assert fvus[0] < 0.8
 
 
 @pytest.mark.parametrize("config_type", [sf.StandardConfig, sf.GatedConfig, sf.JumpReLUConfig])

@@ -47,7 +47,7 @@ def resolve_hooks(model: Any, hooks: str | Sequence[str]) -> list[str]:
         if request in known:
             matches = [request]
         else:
-            matches = sorted((n for n in known if fnmatchcase(n, request)), key=_natural_order)
+            matches = sorted((n for n in known if fnmatchcase(n, request)), key=natural_order)
         if not matches:
             raise ValueError(_unknown_hook(request, known))
         resolved.update(dict.fromkeys(matches))
@@ -333,7 +333,8 @@ def _refuse_dropout(model: Any) -> None:
             )
 
 
-def _natural_order(name: str) -> list[str | int]:
+def natural_order(name: str) -> list[str | int]:
+    """A sort key by which "blocks.2" comes before "blocks.10"."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 

@@ -54,6 +54,7 @@ class MatchingPursuit(Dictionary):
 
     def set_up(self) -> None:
         super().set_up()
+        self._kept: tuple[Tensor, Tensor] | None = None
         check_k(self.config.k, self.d_sae)
         if not 0 <= self.config.tolerance < 1:
             raise ValueError(
@@ -78,10 +79,20 @@ class MatchingPursuit(Dictionary):
         _, kernels = choose_kernels("auto", self.W_dec.device)
         # Refits of many picks lose everything in bfloat16.
         dtype = torch.promote_types(x.dtype, torch.float32)
+        atoms, gram = self._atoms_and_gram(dtype)
         codes = kernels.matching_pursuit(
-            (x - self.b_dec).to(dtype), self.W_dec.to(dtype), self.config.k, self.config.tolerance
+            (x - self.b_dec).to(dtype), atoms, self.config.k, self.config.tolerance, gram
         )
         return Codes(codes.pattern, codes.values.to(x.dtype))
+
+    def _atoms_and_gram(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The atoms and their inner products, made again only where the atoms have changed."""
+        atoms = self.W_dec.to(dtype)
+        kept = self._kept
+        # By content: an in-place change through `.data` leaves no other trace.
+        if kept is None or kept[0].device != atoms.device or not torch.equal(kept[0], atoms):
+            kept = self._kept = (atoms.clone(), atoms @ atoms.T)
+        return kept
 
     def training_loss(
         self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], context: StepContext

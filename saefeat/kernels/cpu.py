@@ -32,10 +32,14 @@ ROWS_AT_ONCE = 4096
 
 
 def matching_pursuit(
-    x: Float[Tensor, "n d"], atoms: Float[Tensor, "d_sae d"], k: int, tolerance: float = 0.0
+    x: Float[Tensor, "n d"],
+    atoms: Float[Tensor, "d_sae d"],
+    k: int,
+    tolerance: float = 0.0,
+    gram: Float[Tensor, "d_sae d_sae"] | None = None,
 ) -> Codes:
     """See `eager.matching_pursuit`."""
-    gram = (atoms @ atoms.T).numpy()
+    inner = (atoms @ atoms.T if gram is None else gram).numpy()
     picked = torch.zeros(len(x), k, dtype=torch.int64)
     values = x.new_zeros(len(x), k)
     share = pursuit.squared_tolerance(tolerance, x.dtype)
@@ -52,7 +56,7 @@ def matching_pursuit(
                     _pursue,
                     scores[start:end],
                     squares[start:end],
-                    gram,
+                    inner,
                     share,
                     *(output[start:end] for output in outputs),
                 )

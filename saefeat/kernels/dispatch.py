@@ -52,6 +52,7 @@ class Kernels(Protocol):
         atoms: Float[Tensor, "d_sae d"],
         k: int,
         tolerance: float = 0.0,
+        gram: Float[Tensor, "d_sae d_sae"] | None = None,
     ) -> Codes: ...
 
 

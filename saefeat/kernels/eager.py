@@ -60,14 +60,19 @@ def latent_sums(pattern: SparsityPattern, values: Float[Tensor, " nnz"]) -> Floa
 
 
 def matching_pursuit(
-    x: Float[Tensor, "n d"], atoms: Float[Tensor, "d_sae d"], k: int, tolerance: float = 0.0
+    x: Float[Tensor, "n d"],
+    atoms: Float[Tensor, "d_sae d"],
+    k: int,
+    tolerance: float = 0.0,
+    gram: Float[Tensor, "d_sae d_sae"] | None = None,
 ) -> Codes:
     """Codes by non-negative orthogonal matching pursuit over atoms of length 1.
 
     A row picks the atom that correlates most with its residual and refits all it has picked by
     least squares, until it has `k`, nothing correlates, or the residual is shorter than
     `tolerance` of the row, or than rounding. Picks that end with a negative code are dropped and
-    the rest refitted, until none is negative.
+    the rest refitted, until none is negative. `gram`, `atoms @ atoms.T`, may be given where it is
+    at hand; this reference does without.
     """
     tolerance = max(tolerance, (10 * torch.finfo(x.dtype).eps) ** 0.5)
     dense = x.new_zeros(len(x), len(atoms))

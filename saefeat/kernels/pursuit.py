@@ -19,10 +19,14 @@ DEPENDENT = 1e-4
 
 
 def matching_pursuit(
-    x: Float[Tensor, "n d"], atoms: Float[Tensor, "d_sae d"], k: int, tolerance: float = 0.0
+    x: Float[Tensor, "n d"],
+    atoms: Float[Tensor, "d_sae d"],
+    k: int,
+    tolerance: float = 0.0,
+    gram: Float[Tensor, "d_sae d_sae"] | None = None,
 ) -> Codes:
     """See `eager.matching_pursuit`. This runs on any device."""
-    gram = atoms @ atoms.T
+    gram = atoms @ atoms.T if gram is None else gram
     rows_at_once = max(1, WORKING_SET // (k * len(atoms)))
     share = squared_tolerance(tolerance, x.dtype)
     parts = [_pursue(part @ atoms.T, part, gram, k, share) for part in x.split(rows_at_once)]

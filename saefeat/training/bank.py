@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from saefeat.activations.hooks import natural_order
 from saefeat.dictionaries.base import Dictionary
 from saefeat.dictionaries.loading import load_dictionary
 
@@ -60,7 +61,8 @@ class Bank(Mapping[Key, Dictionary]):
         """
         folder = Path(folder)
         saes = folder / "saes" if (folder / "saes").is_dir() else folder
-        loaded = [load_dictionary(path.parent) for path in sorted(saes.glob("*/*/cfg.json"))]
+        paths = sorted(saes.glob("*/*/cfg.json"), key=lambda path: natural_order(str(path)))
+        loaded = [load_dictionary(path.parent) for path in paths]
         if not loaded:
             raise FileNotFoundError(
                 f"{folder} holds no trained dictionaries (no saes/<hook>/<label>/cfg.json). "
