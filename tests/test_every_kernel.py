@@ -62,12 +62,52 @@ def test_top_k_keeps_the_largest_and_breaks_ties_within_k(backend, dtype, genera
     scores = torch.randn(33, 71, generator=generator).to(dtype)
     scores[3] = 1.0  # every entry ties
     scores[4] = -torch.rand(71, generator=generator).to(dtype)
-    for k in (1, 7, 71):
+    scores[5, 9:] = scores[5, 0]  # ties at the least one kept
+    scores[6] = torch.inf
+    for k in (1, 7, 32, 71):
         latents = backend.top_k(scores, k)
         assert latents.shape == (33, k)
         assert all(len(row.unique()) == k for row in latents)
         kept = scores.gather(1, latents).sort(dim=1, descending=True).values
         assert torch.equal(kept, scores.sort(dim=1, descending=True).values[:, :k])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_selections_of_a_batch_equal_the_reference(backend, case, dtype, generator):
+    n, _, d_sae, k = CASES[case]
+    scores = torch.randn(n, d_sae, generator=generator)
+    scores[:, :2] = torch.tensor([0.0, -0.0])
+    scores[n // 2] = -scores[n // 2].abs()  # a row with nothing positive
+    scores[n // 3, d_sae // 2 :] = 1.0  # ties
+    scores = scores.to(dtype)
+    for n_kept in (1, k * n, n * d_sae):
+        pattern, least = backend.batch_top_k(scores, n_kept)
+        expected, expected_least = eager.batch_top_k(scores, n_kept)
+        assert torch.equal(as_mask(pattern), as_mask(expected))
+        assert least == expected_least
+    for floor in (torch.zeros(d_sae), torch.full((d_sae,), -0.0), torch.linspace(-2, 2, d_sae)):
+        expected = eager.above(scores, floor)
+        assert torch.equal(as_mask(backend.above(scores, floor)), as_mask(expected))
+
+
+def test_selections_of_nothing_are_empty(backend):
+    for scores in (torch.full((70, 9), -1.0), torch.zeros(70, 9)):
+        assert len(backend.batch_top_k(scores, 5)[0].latents) == 0
+        assert len(backend.above(scores, torch.zeros(9)).latents) == 0
+
+
+def test_a_batch_whose_rows_differ_far_in_scale_is_ranked_as_a_whole(backend, generator):
+    """So that a threshold guessed from some of the rows is wrong."""
+    scores = torch.rand(640, 40, generator=generator)
+    scores[::10] *= 1000
+    pattern, least = backend.batch_top_k(scores, 5000)
+    assert torch.equal(as_mask(pattern), scores >= scores.flatten().topk(5000).values[-1])
+    assert least == scores.flatten().topk(5000).values[-1]
+
+
+def as_mask(pattern):
+    return Codes(pattern, torch.ones(len(pattern.latents))).to_dense() > 0
 
 
 def test_products_are_bitwise_repeatable(backend, generator):

@@ -61,7 +61,7 @@ class Gated(SparseAutoencoder):
 
     def select(self, scores: Float[Tensor, "n d_sae"], context: StepContext) -> SparsityPattern:
         """Every open gate."""
-        return SparsityPattern.from_mask(scores > 0)
+        return context.kernels.above(scores, torch.zeros_like(self.b_enc))
 
     def activate(
         self,

@@ -54,7 +54,7 @@ class Standard(SparseAutoencoder):
 
     def select(self, scores: Float[Tensor, "n d_sae"], context: StepContext) -> SparsityPattern:
         """Every score above 0."""
-        return SparsityPattern.from_mask(scores > 0)
+        return context.kernels.above(scores, torch.zeros_like(self.b_enc))
 
     def sparsity_losses(
         self,

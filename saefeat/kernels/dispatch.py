@@ -21,6 +21,10 @@ class Kernels(Protocol):
         self, scores: Float[Tensor, "n d_sae"], n_kept: int
     ) -> tuple[SparsityPattern, Float[Tensor, ""]]: ...
 
+    def above(
+        self, scores: Float[Tensor, "n d_sae"], floor: Float[Tensor, " d_sae"]
+    ) -> SparsityPattern: ...
+
     def sampled_product(
         self,
         pattern: SparsityPattern,
