@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from saefeat.kernels import eager
-from saefeat.kernels.autograd import sparse_decode, sparse_encode
+from saefeat.kernels.autograd import rows_of, sparse_encode, squared_errors
 from saefeat.kernels.codes import Codes, SparsityPattern
 from saefeat.kernels.dispatch import BACKENDS, choose_kernels, load_kernels
 
@@ -119,23 +119,51 @@ def test_products_are_bitwise_repeatable(backend, generator):
     assert torch.equal(first, backend.transposed_product(again, values, rows))
 
 
-def test_encode_and_decode_pass_gradcheck(backend, generator):
+def weight(generator, *shape):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+
+
+def test_encode_and_errors_pass_gradcheck(backend, generator):
     pattern = ragged_pattern(generator)
     x = torch.randn(11, 6, generator=generator, dtype=torch.float64)
-
-    def weight(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
-
-    encoder, b_enc, b_dec, decoder = weight(17, 6), weight(17), weight(6), weight(17, 6)
+    shapes = ((17, 6), (17,), (6,), (17, 6), (len(pattern.latents),))
+    encoder, b_enc, b_dec, decoder, values = (weight(generator, *shape) for shape in shapes)
 
     def encode(encoder, b_enc, b_dec):
         return sparse_encode(backend, pattern, x, encoder, b_enc, b_dec)
 
-    def decode(values, decoder, b_dec):
-        return sparse_decode(backend, Codes(pattern, values), decoder, b_dec)
+    def errors(values, decoder, b_dec):
+        inside = pattern.latents < 7
+        blocks = [Codes(pattern.where(part), values[part]) for part in (inside, ~inside)]
+        return squared_errors(backend, blocks, [0.3, 0.7], x, decoder, b_dec)[0]
+
+    def rows(encoder):
+        return rows_of(encoder, torch.tensor([3, 0, 11]))
 
     assert torch.autograd.gradcheck(encode, (encoder, b_enc, b_dec))
-    assert torch.autograd.gradcheck(decode, (weight(len(pattern.latents)), decoder, b_dec))
+    assert torch.autograd.gradcheck(errors, (values, decoder, b_dec))
+    assert torch.autograd.gradcheck(rows, encoder)
+
+
+def test_gradients_are_added_to_those_that_are_there(backend, generator):
+    pattern = ragged_pattern(generator)
+    x = torch.randn(11, 6, generator=generator, dtype=torch.float64)
+    weights = [weight(generator, 17, 6), weight(generator, 17), weight(generator, 6)]
+    weights += [weight(generator, 17, 6)]
+
+    def backward():
+        scores = sparse_encode(backend, pattern, x, *weights[:3])
+        blocks = [Codes(pattern, scores.relu())]
+        error, _ = squared_errors(backend, blocks, [1.0], x, weights[3], weights[2])
+        chosen = rows_of(weights[0], torch.tensor([2, 5])).square().sum()
+        (error + chosen).backward()
+        return [one.grad for one in weights]
+
+    fresh = [gradient.clone() for gradient in backward()]
+    buffers = [one.grad for one in weights]
+    for before, after, buffer in zip(fresh, backward(), buffers, strict=True):
+        assert after is buffer
+        torch.testing.assert_close(after, 2 * before)
 
 
 def unit_atoms(d_sae, d, generator, dtype=torch.float64):

@@ -8,9 +8,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saefeat.dictionaries.base import DictionaryConfig, StepContext
+from saefeat.kernels.autograd import rows_of
 
 if TYPE_CHECKING:
     from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
+
+SHARE_OF_STEP = 100
+"""Entries of the step's dense product for each one of the auxiliary loss's. Its six products in
+float32 take about ten times as long for an entry, so this keeps it to a tenth of the step."""
+FEWEST_ROWS = 64
+"""Rows that the auxiliary loss is estimated from, however many latents are dead."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,17 +46,20 @@ def auxiliary_loss(
     at every layer. Gradients reach encoder, decoder and encoder bias of the dead latents, as the
     main loss cannot. Callers skip this while nothing is dead.
     """
-    # Of the rows a quarter, drawn by the shuffling of the stream: an estimate without bias.
-    n_rows = max(1, len(x) // 4)
-    target = residual[:n_rows].detach()
+    # Of the rows a quarter, or what takes a tenth of a step, drawn by the shuffling of the stream:
+    # an estimate without bias.
     dead = context.dead.nonzero().squeeze(1)
+    n_affordable = len(x) * dictionary.d_sae // (SHARE_OF_STEP * len(dead))
+    n_rows = max(1, min(len(x) // 4, max(FEWEST_ROWS, n_affordable)))
+    target = residual[:n_rows]
     centred = dictionary.centred(x[:n_rows]).detach()
-    scores = centred @ dictionary.encoder[dead].T + dictionary.b_enc[dead]
+    encoder, decoder = (rows_of(one, dead) for one in (dictionary.encoder, dictionary.W_dec))
+    scores = centred @ encoder.T + dictionary.b_enc[dead]
     k = auxiliary_k or max(1, dictionary.d_in // 2)
     if len(dead) > k:
         floor = scores.detach().kthvalue(len(dead) - k + 1, dim=1, keepdim=True).values
         scores = scores * (scores >= floor)
-    prediction = torch.relu(scores) @ dictionary.W_dec[dead]
+    prediction = torch.relu(scores) @ decoder
     variance = (target - target.mean(0)).square().sum()
     # A residual that does not vary leaves nothing to learn from; 0 / 0 would poison the weights.
     return (target - prediction).square().sum() / variance.clamp_min(torch.finfo(x.dtype).tiny)

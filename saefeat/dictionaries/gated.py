@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from saefeat.dictionaries.base import StepContext
 from saefeat.dictionaries.penalty import PenalisedConfig, Penalty, initial_threshold, l1_share
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
-from saefeat.kernels.autograd import sparse_decode
+from saefeat.kernels.autograd import squared_errors
 from saefeat.kernels.codes import Codes, SparsityPattern
 
 
@@ -86,10 +86,10 @@ class Gated(SparseAutoencoder):
         coefficient = self.penalty.step(codes, context)
         norms = self.W_dec.norm(dim=1)[codes.latents]
         decoder, b_dec = self.W_dec.detach(), self.b_dec.detach()
-        residual = target - sparse_decode(context.kernels, gates, decoder, b_dec)
+        error, _ = squared_errors(context.kernels, [gates], [1.0], target, decoder, b_dec)
         return {
             "l1": coefficient * l1_share(gates.values * norms, target, context),
-            "gate_fvu": residual.square().sum() / context.variance,
+            "gate_fvu": error / context.variance,
         }
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from saefeat.dictionaries.base import (
     StepLoss,
 )
 from saefeat.dictionaries.topk import check_k
-from saefeat.kernels.autograd import sparse_decode
+from saefeat.kernels.autograd import squared_errors
 from saefeat.kernels.codes import Codes
 from saefeat.kernels.dispatch import choose_kernels
 
@@ -102,8 +102,10 @@ class MatchingPursuit(Dictionary):
             codes = context.kernels.matching_pursuit(
                 x - self.b_dec, self.W_dec, self.config.k, self.config.tolerance
             )
-        residual = target - sparse_decode(context.kernels, codes, self.W_dec, self.b_dec)
-        total = residual.square().sum() / context.variance
+        error, residual = squared_errors(
+            context.kernels, [codes], [1.0], target, self.W_dec, self.b_dec
+        )
+        total = error / context.variance
         return StepLoss(
-            total=total, terms={"fvu": total.detach()}, codes=codes, residual=residual.detach()
+            total=total, terms={"fvu": total.detach()}, codes=codes, residual=residual
         )

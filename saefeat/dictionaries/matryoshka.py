@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saefeat.dictionaries.base import StepContext
 from saefeat.dictionaries.batch_topk import BatchTopK, BatchTopKConfig
-from saefeat.kernels.autograd import sparse_decode
+from saefeat.kernels.autograd import squared_errors
 from saefeat.kernels.codes import Codes
 
 
@@ -56,12 +56,12 @@ class Matryoshka(BatchTopK):
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "n d_out"]]:
         """The weighted losses of all prefixes, and the residual of the last."""
         weights = self.config.prefix_weights
-        residual = target - self.b_dec
-        loss = residual.new_zeros(())
-        nothing = torch.zeros_like(self.b_dec)
-        for low, high, weight in zip([0, *self.prefixes], self.prefixes, weights, strict=False):
+        blocks = []
+        for low, high in pairwise([0, *self.prefixes]):
             inside = (codes.latents >= low) & (codes.latents < high)
-            block = Codes(codes.pattern.where(inside), codes.values[inside])
-            residual = residual - sparse_decode(context.kernels, block, self.W_dec, nothing)
-            loss = loss + weight / sum(weights) * residual.square().sum() / context.variance
-        return loss, residual
+            blocks.append(Codes(codes.pattern.where(inside), codes.values[inside]))
+        shares = [weight / sum(weights) for weight in weights]
+        error, residual = squared_errors(
+            context.kernels, blocks, shares, target, self.W_dec, self.b_dec
+        )
+        return error / context.variance, residual

@@ -13,7 +13,7 @@ from saefeat.dictionaries.base import (
     StepLoss,
     random_unit_rows,
 )
-from saefeat.kernels.autograd import sparse_decode, sparse_encode
+from saefeat.kernels.autograd import sparse_encode, squared_errors
 from saefeat.kernels.codes import Codes, SparsityPattern
 
 
@@ -104,9 +104,11 @@ class SparseAutoencoder(Dictionary):
     def reconstruct(
         self, codes: Codes, target: Float[Tensor, "n d_out"], context: StepContext
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "n d_out"]]:
-        """The reconstruction loss, as a share of the variance, and the residual."""
-        residual = target - sparse_decode(context.kernels, codes, self.W_dec, self.b_dec)
-        return residual.square().sum() / context.variance, residual
+        """The reconstruction loss, as a share of the variance, and the detached residual."""
+        error, residual = squared_errors(
+            context.kernels, [codes], [1.0], target, self.W_dec, self.b_dec
+        )
+        return error / context.variance, residual
 
     def training_loss(
         self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], context: StepContext
@@ -118,7 +120,7 @@ class SparseAutoencoder(Dictionary):
         )
         codes = Codes(pattern, self.activate(scores, pattern, context))
         total, residual = self.reconstruct(codes, target, context)
-        terms = {"fvu": (residual.detach().square().sum() / context.variance)}
+        terms = {"fvu": torch.linalg.vector_norm(residual).square() / context.variance}
         losses = self.sparsity_losses(scores, codes, target, context)
         config = self.config
         if isinstance(config, AuxiliaryConfig) and config.auxiliary_weight and context.n_dead:
@@ -131,7 +133,7 @@ class SparseAutoencoder(Dictionary):
             total=total,
             terms=terms,
             codes=Codes(pattern, codes.values.detach()),
-            residual=residual.detach(),
+            residual=residual,
         )
 
     def scores(self, x: Float[Tensor, "..."]) -> Float[Tensor, "n d_sae"]:

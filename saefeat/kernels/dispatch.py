@@ -44,6 +44,7 @@ class Kernels(Protocol):
         pattern: SparsityPattern,
         values: Float[Tensor, " nnz"],
         rows: Float[Tensor, "n d"],
+        out: Float[Tensor, "d_sae d"] | None = None,
     ) -> Float[Tensor, "d_sae d"]: ...
 
     def latent_sums(

@@ -52,10 +52,14 @@ def product(
 
 
 def transposed_product(
-    pattern: SparsityPattern, values: Float[Tensor, " nnz"], rows: Float[Tensor, "n d"]
+    pattern: SparsityPattern,
+    values: Float[Tensor, " nnz"],
+    rows: Float[Tensor, "n d"],
+    out: Float[Tensor, "d_sae d"] | None = None,
 ) -> Float[Tensor, "d_sae d"]:
-    """`C.T @ rows`: each latent adds up the rows that it is on in."""
-    out = rows.new_zeros(pattern.d_sae, rows.shape[1])
+    """`C.T @ rows`: each latent adds up the rows that it is on in; added to `out` if given."""
+    if out is None:
+        out = rows.new_zeros(pattern.d_sae, rows.shape[1])
     return out.index_add_(0, pattern.latents, values[:, None] * rows[pattern.rows])
 
 

@@ -68,11 +68,14 @@ def product(
 
 
 def transposed_product(
-    pattern: SparsityPattern, values: Float[Tensor, " nnz"], rows: Float[Tensor, "n d"]
+    pattern: SparsityPattern,
+    values: Float[Tensor, " nnz"],
+    rows: Float[Tensor, "n d"],
+    out: Float[Tensor, "d_sae d"] | None = None,
 ) -> Float[Tensor, "d_sae d"]:
     """See `eager.transposed_product`."""
     offsets, order = pattern.by_latent
-    return embedding_bag(
+    sums = embedding_bag(
         pattern.rows[order],
         rows,
         offsets,
@@ -80,3 +83,4 @@ def transposed_product(
         per_sample_weights=values[order],
         include_last_offset=True,
     )
+    return sums if out is None else out.add_(sums)

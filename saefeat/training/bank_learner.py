@@ -83,7 +83,9 @@ class BankLearner:
             scaled[hook_name] = x * self._scale(hook_name, x)
         if self.step_number == 0:
             self._begin(scaled)
-        variances = {name: (x - x.mean(0)).square().sum() for name, x in scaled.items()}
+        variances = {
+            name: torch.linalg.vector_norm(x - x.mean(0)).square() for name, x in scaled.items()
+        }
         for hook_name, learners in self.learners.items():
             for key, learner in learners.items():
                 target = self.targets[key]
@@ -112,6 +114,7 @@ class BankLearner:
                 dictionary.fold_scale(
                     self.scales[hook_name].factor, self.scales[self.targets[key]].factor
                 )
+                dictionary.zero_grad()  # the buffers of the run
                 bank[key] = dictionary.requires_grad_(False).to("cpu")
         return Bank(bank)
 

@@ -50,6 +50,9 @@ class Learner:
         self.peak_learning_rate = peak_learning_rate(config, dictionary.d_sae, n_steps)
         self.generator = torch.Generator(dictionary.W_dec.device)
         self.generator.manual_seed(dictionary.origin.seed or 0)
+        for parameter in dictionary.parameters():
+            # Kept for the whole run: see `kernels.autograd`.
+            parameter.grad = torch.zeros_like(parameter)
         self.optimizer = torch.optim.Adam(
             [
                 {"params": [parameter], "factor": dictionary.rate_factors.get(name, 1.0)}
@@ -102,7 +105,7 @@ class Learner:
         loss.total.backward()
         dictionary.drop_parallel_gradient()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=False)
         dictionary.normalise_decoder()
         self.dead.update(loss.codes)
         if dictionary.restarts_dead_latents and self._restart_is_due(step, len(x)):
