@@ -20,7 +20,6 @@ from saefeat.dictionaries.standard import Standard
 from saefeat.dictionaries.topk import TopK
 from saefeat.kernels import eager
 from saefeat.kernels.codes import Codes
-from saefeat.training.learner import Scratch
 
 D_IN, D_OUT, D_SAE = 12, 9, 40
 SMALL = {
@@ -56,15 +55,12 @@ def build(kind, generator, d_out=None):
 
 
 def context_for(target, dead=None):
-    dead = torch.zeros(D_SAE, dtype=torch.bool) if dead is None else dead
+    none = torch.zeros(0, dtype=torch.int64)
     return StepContext(
         kernels=eager,
-        selection_dtype=target.dtype,
-        scratch=Scratch(target.device),
         progress=0.5,
         variance=(target - target.mean(0)).square().sum(),
-        dead=dead,
-        n_dead=int(dead.sum()),
+        dead=none if dead is None else dead.nonzero().squeeze(1),
     )
 
 

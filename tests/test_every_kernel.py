@@ -91,6 +91,17 @@ def test_selections_of_a_batch_equal_the_reference(backend, case, dtype, generat
         assert torch.equal(as_mask(backend.above(scores, floor)), as_mask(expected))
 
 
+def test_selections_read_columns_of_a_larger_matrix_as_they_do_a_copy(backend, generator):
+    """As the scores of one dictionary among those of a bank are."""
+    scores = torch.randn(70, 96, generator=generator).bfloat16()[:, 32:83]
+    assert torch.equal(backend.top_k(scores, 5), backend.top_k(scores.contiguous(), 5))
+    for select in (
+        lambda s: backend.batch_top_k(s, 200)[0],
+        lambda s: backend.above(s, torch.full((51,), 0.5)),
+    ):
+        assert torch.equal(as_mask(select(scores)), as_mask(select(scores.contiguous())))
+
+
 def test_selections_of_nothing_are_empty(backend):
     for scores in (torch.full((70, 9), -1.0), torch.zeros(70, 9)):
         assert len(backend.batch_top_k(scores, 5)[0].latents) == 0

@@ -283,15 +283,15 @@ def test_the_scale_brings_the_mean_norm_to_the_square_root_of_the_width():
     scale = ActivationScale(4)
     for batch in (torch.full((2, 4), 3.0), torch.full((6, 4), 1.0)):
         scale.update(batch)
-    assert scale.factor == pytest.approx(2 / ((2 * 6 + 6 * 2) / 8))
+    assert float(scale.factor) == pytest.approx(2 / ((2 * 6 + 6 * 2) / 8))
 
 
 def test_a_latent_is_dead_after_its_patience_and_alive_once_it_fires():
     dead = DeadLatents(3, 4, torch.device("cpu"))
     codes = sf.Codes.from_rows(torch.tensor([[0, 1], [0, 1]]), torch.tensor([[1.0, 0.0]] * 2), 3)
     dead.update(codes)
-    assert dead.mask.tolist() == [False, False, False]
+    assert dead.latents.tolist() == []
     dead.update(codes)
-    assert dead.mask.tolist() == [False, True, True]
+    assert dead.latents.tolist() == [1, 2]
     assert patience_tokens(sf.TopKConfig(), 10**12) == 10_000_000
     assert patience_tokens(sf.TopKConfig(), 2_000_000) == 100_000

@@ -48,7 +48,7 @@ def auxiliary_loss(
     """
     # Of the rows a quarter, or what takes a tenth of a step, drawn by the shuffling of the stream:
     # an estimate without bias.
-    dead = context.dead.nonzero().squeeze(1)
+    dead = context.dead
     n_affordable = len(x) * dictionary.d_sae // (SHARE_OF_STEP * len(dead))
     n_rows = max(1, min(len(x) // 4, max(FEWEST_ROWS, n_affordable)))
     target = residual[:n_rows]

@@ -5,13 +5,12 @@ reconstructed (d_in again, but for transcoders), d_sae latents, nnz stored entri
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saefeat.kernels import stock
@@ -64,18 +63,15 @@ class StepContext:
 
     kernels: Kernels
     """Backend of the sparse products."""
-    selection_dtype: torch.dtype
-    """Dtype of the one dense product, which only decides which latents are on."""
-    scratch: Callable[[int, int, torch.dtype], Tensor]
-    """Gives a matrix of that shape and dtype; its content lasts until the next call."""
+    scores: Float[Tensor, "n d_sae"] | None = None
+    """Pre-activations of all latents in a short dtype, which only decide which latents are on.
+    None where they have not been computed."""
     progress: float
     """Share of the training that is done, from 0 to 1."""
     variance: Float[Tensor, ""]
     """Sum over the batch of the target's squared distance to its mean, the unit of the loss."""
-    dead: Bool[Tensor, " d_sae"]
+    dead: Int[Tensor, " n_dead"]
     """Latents that have not fired for `dead_after_tokens`."""
-    n_dead: int
-    """How many those are."""
 
 
 @dataclass(frozen=True, kw_only=True)

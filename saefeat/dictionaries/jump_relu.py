@@ -100,7 +100,7 @@ class JumpReLU(SparseAutoencoder):
 
     def select(self, scores: Float[Tensor, "n d_sae"], context: StepContext) -> SparsityPattern:
         """Every score above its threshold, and those in the window below it."""
-        lowest = self.threshold.detach() - self.config.bandwidth / 2
+        lowest = self.threshold - self.config.bandwidth / 2
         return context.kernels.above(scores, lowest)
 
     def activate(

@@ -23,7 +23,7 @@ class SparseAutoencoder(Dictionary):
         scores = (x - b_dec) @ W_enc + b_enc,    f = activate(scores) where selected, else 0
 
     A kind says which entries are selected, what becomes of them, and which losses it adds. The
-    scores of all latents are computed once in `selection_dtype`, only to select; what was
+    scores of all latents are computed once, in training in a short dtype, only to select; what was
     selected is computed again in the dtype of `x`, with gradients, at a cost of `nnz * d_in`.
 
     A transcoder (Dunefsky et al. 2024, arXiv:2406.11944) decodes to another hook than it reads,
@@ -114,7 +114,9 @@ class SparseAutoencoder(Dictionary):
         self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], context: StepContext
     ) -> StepLoss:
         """Reconstruction, the kind's own losses, and for kinds that have it `auxiliary_loss`."""
-        pattern = self.select(self._scores(x, context), context)
+        with torch.no_grad():
+            rough = self.scores(x) if context.scores is None else context.scores
+            pattern = self.select(rough, context)
         scores = sparse_encode(
             context.kernels, pattern, x, self.encoder, self.b_enc, self.input_bias
         )
@@ -123,7 +125,7 @@ class SparseAutoencoder(Dictionary):
         terms = {"fvu": torch.linalg.vector_norm(residual).square() / context.variance}
         losses = self.sparsity_losses(scores, codes, target, context)
         config = self.config
-        if isinstance(config, AuxiliaryConfig) and config.auxiliary_weight and context.n_dead:
+        if isinstance(config, AuxiliaryConfig) and config.auxiliary_weight and len(context.dead):
             auxiliary = auxiliary_loss(self, config.auxiliary_k, x, residual, context)
             losses["auxiliary"] = config.auxiliary_weight * auxiliary
         for name, loss in losses.items():
@@ -139,15 +141,6 @@ class SparseAutoencoder(Dictionary):
     def scores(self, x: Float[Tensor, "..."]) -> Float[Tensor, "n d_sae"]:
         """The pre-activations of all latents, in the dictionary's dtype."""
         return torch.addmm(self.b_enc, self.centred(self._checked(x)), self.W_enc)
-
-    @torch.no_grad()
-    def _scores(self, x: Float[Tensor, "n d_in"], context: StepContext) -> Tensor:
-        dtype = context.selection_dtype
-        scores = context.scratch(len(x), self.d_sae, dtype)
-        torch.addmm(
-            self.b_enc.to(dtype), self.centred(x).to(dtype), self.encoder.to(dtype).T, out=scores
-        )
-        return scores
 
     @torch.no_grad()
     def restart(

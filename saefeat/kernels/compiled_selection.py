@@ -29,7 +29,7 @@ def top_k(scores: Float[Tensor, "n d_sae"], k: int) -> Int[Tensor, "n k"]:
     n, d_sae = scores.shape
     latents = torch.empty(n, k, dtype=torch.int64)
     width = min(d_sae, max(k, _width(d_sae, k)))
-    share_rows(_top_k, n, _bits(scores), k, width, latents.numpy())
+    share_rows(_top_k, n, *_bits(scores), k, width, latents.numpy())
     return latents
 
 
@@ -47,7 +47,8 @@ def batch_top_k(
     sample = scores[:: max(1, n // SAMPLED_ROWS)]
     wanted = min(sample.numel(), int(GUESS_MARGIN * n_kept * len(sample) / n) + 8)
     guess = max(0, int(_keys(sample.flatten().topk(wanted).values[-1:])) - 1)
-    floor = np.full(d_sae, guess, _bits(scores).dtype)
+    floor = _keys(scores.new_zeros(d_sae)).numpy()
+    floor[:] = guess
     pattern = _above(scores, floor)
     if len(pattern.latents) < n_kept and guess:
         floor[:] = 0
@@ -64,11 +65,11 @@ def batch_top_k(
 def _above(scores: Float[Tensor, "n d_sae"], floor: Any) -> SparsityPattern:
     n, d_sae = scores.shape
     bits, offsets = _bits(scores), torch.zeros(n + 1, dtype=torch.int64)
-    share_rows(_count, n, bits, floor, offsets.numpy())
+    share_rows(_count, n, *bits, floor, offsets.numpy())
     offsets = offsets.cumsum(0)
     latents = torch.empty(int(offsets[-1]), dtype=torch.int64)
     width = _width(d_sae, len(latents) / n)
-    share_rows(_fill, n, bits, floor, width, offsets.numpy(), latents.numpy())
+    share_rows(_fill, n, *bits, floor, width, offsets.numpy(), latents.numpy())
     return SparsityPattern(offsets, latents, d_sae)
 
 
@@ -78,8 +79,17 @@ def _width(d_sae: int, n_kept: float) -> int:
     return min(d_sae, -(-int(columns) // 64) * 64)
 
 
-def _bits(scores: Tensor) -> Any:
-    return scores.contiguous().view(_INTEGERS[scores.element_size()]).numpy()
+def _bits(scores: Float[Tensor, "n d_sae"]) -> tuple[Any, int, int]:
+    """The bits of all rows in one array, how far apart rows begin in it, and their length.
+
+    Scores may be some columns of a larger matrix. Loops over an array of two dimensions that is
+    not contiguous would not be compiled to vector instructions.
+    """
+    if scores.stride(1) != 1:
+        scores = scores.contiguous()
+    (n, d_sae), stride = scores.shape, scores.stride(0)
+    flat = scores.as_strided(((n - 1) * stride + d_sae,), (1,))
+    return flat.view(_INTEGERS[scores.element_size()]).numpy(), stride, d_sae
 
 
 def _keys(scores: Tensor) -> Tensor:
@@ -113,15 +123,17 @@ def _kth_largest(keys: Any, k: int) -> Any:
 
 
 @compiled
-def _top_k(low: int, high: int, bits: Any, k: int, width: int, latents: Any) -> None:
-    d_sae = bits.shape[1]
+def _top_k(
+    low: int, high: int, bits: Any, stride: int, d_sae: int, k: int, width: int, latents: Any
+) -> None:
     columns = np.empty(width, bits.dtype)
     found = np.empty(d_sae, np.int64)
     keys = np.empty(d_sae, bits.dtype)
     for row in range(low, high):
+        scores = bits[row * stride : row * stride + d_sae]
         columns[:] = np.iinfo(bits.dtype).min
         for start in range(0, d_sae, width):
-            part = bits[row, start : start + width]
+            part = scores[start : start + width]
             for i in range(len(part)):
                 columns[i] = max(columns[i], _key(part[i], bits))
         # k columns hold an entry of at least this, so that the k-th largest entry is no less.
@@ -130,7 +142,7 @@ def _top_k(low: int, high: int, bits: Any, k: int, width: int, latents: Any) -> 
         for column in range(width):
             if columns[column] >= floor:
                 for i in range(column, d_sae, width):
-                    key = _key(bits[row, i], bits)
+                    key = _key(scores[i], bits)
                     if key >= floor:
                         found[n_found], keys[n_found] = i, key
                         n_found += 1
@@ -148,32 +160,43 @@ def _top_k(low: int, high: int, bits: Any, k: int, width: int, latents: Any) -> 
 
 
 @compiled
-def _count(low: int, high: int, bits: Any, floor: Any, counts: Any) -> None:
+def _count(
+    low: int, high: int, bits: Any, stride: int, d_sae: int, floor: Any, counts: Any
+) -> None:
     """How many entries of each row have a key above their floor, one place further on."""
     for row in range(low, high):
+        scores = bits[row * stride : row * stride + d_sae]
         n_above = 0
-        for i in range(bits.shape[1]):
-            n_above += _key(bits[row, i], bits) > floor[i]
+        for i in range(d_sae):
+            n_above += _key(scores[i], bits) > floor[i]
         counts[row + 1] = n_above
 
 
 @compiled
 def _fill(
-    low: int, high: int, bits: Any, floor: Any, width: int, offsets: Any, latents: Any
+    low: int,
+    high: int,
+    bits: Any,
+    stride: int,
+    d_sae: int,
+    floor: Any,
+    width: int,
+    offsets: Any,
+    latents: Any,
 ) -> None:
     """The latents of the entries that `_count` counted."""
-    d_sae = bits.shape[1]
     holds_one = np.empty(width, bits.dtype)
     for row in range(low, high):
+        scores = bits[row * stride : row * stride + d_sae]
         holds_one[:] = 0
         for start in range(0, d_sae, width):
-            part, floors = bits[row, start : start + width], floor[start : start + width]
+            part, floors = scores[start : start + width], floor[start : start + width]
             for i in range(len(part)):
                 holds_one[i] |= _key(part[i], bits) > floors[i]
         place = offsets[row]
         for column in range(width):
             if holds_one[column]:
                 for i in range(column, d_sae, width):
-                    if _key(bits[row, i], bits) > floor[i]:
+                    if _key(scores[i], bits) > floor[i]:
                         latents[place] = i
                         place += 1

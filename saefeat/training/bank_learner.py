@@ -1,7 +1,7 @@
 """A whole bank while it learns: one batch in, one step of every dictionary."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -9,10 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saefeat.dictionaries.base import Dictionary
+from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
 from saefeat.kernels.dispatch import Kernels
 from saefeat.training.bank import Bank, Key
-from saefeat.training.learner import Learner, Scratch
+from saefeat.training.learner import STEPS_BETWEEN_LOOKS, Learner
 from saefeat.training.normalisation import ActivationScale, geometric_median
+from saefeat.training.shared_scores import Scratch, groups, shared_scores
 
 INITIAL_ROWS = 4096
 """Rows of the first batch that dictionaries are initialised from."""
@@ -49,85 +51,122 @@ class BankLearner:
         self.selection_dtype = selection_dtype
         self.step_number = 0
         self.n_tokens_seen = 0
-        scratch = Scratch(device)
+        self.scratch = Scratch(device)
         self.learners: dict[str, dict[Key, Learner]] = {}
         self.scales: dict[str, ActivationScale] = {}
+        self.loss_sums: dict[Key, Tensor | float] = dict.fromkeys(dictionaries, 0.0)
+        """Of all steps: not finite from the first that is not."""
         for key, dictionary in dictionaries.items():
-            self.scales.setdefault(key[0], ActivationScale(dictionary.d_in))
-            self.scales.setdefault(self.targets[key], ActivationScale(dictionary.d_out))
+            self.scales.setdefault(key[0], ActivationScale(dictionary.d_in, device))
+            self.scales.setdefault(self.targets[key], ActivationScale(dictionary.d_out, device))
             self.learners.setdefault(key[0], {})[key] = Learner(
                 dictionary.to(device),
                 n_tokens=n_tokens,
                 n_steps=n_steps,
                 kernels=kernels,
-                selection_dtype=selection_dtype,
-                scratch=scratch,
             )
 
-    def step(self, batch: Mapping[str, Tensor]) -> dict[Key, dict[str, float]]:
+    def step(self, batch: Mapping[str, Tensor]) -> dict[Key, dict[str, Tensor | float]]:
         """Make one step of every dictionary.
+
+        On a GPU what is not finite is noticed within 16 steps, and always before `finish`.
 
         Args:
             batch: Rows of raw activations for each hook, any dtype and device.
 
         Returns:
-            What each dictionary's step measured.
+            What each dictionary's step measured, still on the device.
 
         Raises:
             ValueError: An activation or a loss is not finite, or a hook is constant.
         """
+        looks = self.step_number % STEPS_BETWEEN_LOOKS.get(self.device.type, 1) == 0
         measured = {}
         scaled: dict[str, Tensor] = {}
-        for hook_name in self.scales:
-            x = batch[hook_name].to(self.device, torch.float32)
-            scaled[hook_name] = x * self._scale(hook_name, x)
+        for hook_name, scale in self.scales.items():
+            x = batch[hook_name].to(self.device, torch.float32, non_blocking=True)
+            scale.update(x)
+            scaled[hook_name] = x * scale.factor.float()
+        if looks:
+            self._check_activations()
         if self.step_number == 0:
             self._begin(scaled)
+        means = {name: x.mean(0) for name, x in scaled.items()}
         variances = {
-            name: torch.linalg.vector_norm(x - x.mean(0)).square() for name, x in scaled.items()
+            name: torch.linalg.vector_norm(x - means[name]).square() for name, x in scaled.items()
         }
-        for hook_name, learners in self.learners.items():
-            for key, learner in learners.items():
+        for hook_name in self.learners:
+            for key, scores in self._scores(hook_name, scaled[hook_name], means[hook_name]):
                 target = self.targets[key]
-                terms = learner.step(
-                    scaled[hook_name], scaled[target], variances[target], self.step_number
+                measured[key] = self.learners[hook_name][key].step(
+                    scaled[hook_name], scaled[target], variances[target], self.step_number, scores
                 )
-                if not np.isfinite(terms["loss"]):
-                    raise ValueError(
-                        f"The loss of {key} is {terms['loss']} at step {self.step_number}: the "
-                        f"training diverged at learning rate {terms['learning_rate']:.2g}. Pass "
-                        "a config with a lower learning_rate."
-                    )
-                measured[key] = terms
+                self.loss_sums[key] = self.loss_sums[key] + measured[key]["loss"]
+        if looks:
+            self._check_losses()
         self.step_number += 1
         self.n_tokens_seen += len(x)
         return measured
 
     def finish(self) -> Bank:
         """Fold the scales in and hand the dictionaries out, on the processor, ready for use."""
+        self._check_activations()
+        self._check_losses()
         bank = {}
         for hook_name, learners in self.learners.items():
             for key, learner in learners.items():
                 dictionary = learner.dictionary
                 n_tokens = dictionary.origin.n_tokens + self.n_tokens_seen
                 dictionary.with_origin(n_tokens=n_tokens)
-                dictionary.fold_scale(
-                    self.scales[hook_name].factor, self.scales[self.targets[key]].factor
-                )
+                dictionary.fold_scale(*self._factors(key))
                 dictionary.zero_grad()  # the buffers of the run
                 bank[key] = dictionary.requires_grad_(False).to("cpu")
         return Bank(bank)
 
-    def _scale(self, hook_name: str, x: Float[Tensor, "n d_in"]) -> float:
-        scale = self.scales[hook_name]
-        if not np.isfinite(scale.update(x)):
-            raise ValueError(
-                f"The activations of {hook_name} at step {self.step_number} hold NaN or infinity. "
-                "The model overflowed (try dtype='float32') or the data is damaged."
+    def _scores(
+        self, hook_name: str, x: Float[Tensor, "n d_in"], mean: Float[Tensor, " d_in"]
+    ) -> Iterator[tuple[Key, Tensor | None]]:
+        """Each dictionary of a hook with its scores, which last until the next group's."""
+        encoded: list[tuple[Key, SparseAutoencoder]] = []
+        for key, learner in self.learners[hook_name].items():
+            if isinstance(learner.dictionary, SparseAutoencoder):
+                encoded.append((key, learner.dictionary))
+            else:
+                yield key, None
+        if encoded:
+            centred = x - mean
+        for group in groups([one.d_sae for _, one in encoded], len(x)):
+            keys, dictionaries = zip(*encoded[group], strict=True) if encoded else ((), ())
+            scores = shared_scores(
+                dictionaries, centred, mean, self.selection_dtype, self.scratch
             )
-        if scale.norm_sum == 0:
-            raise ValueError(f"All activations of {hook_name} are zero. Is the hook ever used?")
-        return scale.factor
+            yield from zip(keys, scores, strict=True)
+
+    def _factors(self, key: Key) -> tuple[float, float]:
+        """The scales of what a dictionary reads and of what it reconstructs."""
+        return float(self.scales[key[0]].factor), float(self.scales[self.targets[key]].factor)
+
+    def _check_activations(self) -> None:
+        for hook_name, scale in self.scales.items():
+            norm_sum = float(scale.norm_sum)
+            if not np.isfinite(norm_sum):
+                raise ValueError(
+                    f"The activations of {hook_name} hold NaN or infinity at step "
+                    f"{self.step_number} or just before. "
+                    "The model overflowed (try dtype='float32') or the data is damaged."
+                )
+            if scale.n_rows and norm_sum == 0:
+                raise ValueError(f"All activations of {hook_name} are zero. Is the hook ever used?")
+
+    def _check_losses(self) -> None:
+        for key, loss_sum in self.loss_sums.items():
+            if not np.isfinite(float(loss_sum)):
+                rate = self.learners[key[0]][key].peak_learning_rate
+                raise ValueError(
+                    f"The loss of {key} is not finite at step {self.step_number} or just before: "
+                    f"the training diverged at learning rate {rate:.2g}. Pass a config with a "
+                    "lower learning_rate."
+                )
 
     def _begin(self, scaled: Mapping[str, Float[Tensor, "n _"]]) -> None:
         """Initialise the dictionaries from the first batch, or fit trained ones to its scale."""
@@ -140,8 +179,8 @@ class BankLearner:
                 dictionary, target = learner.dictionary, self.targets[key]
                 if self.trained:
                     dictionary.fold_decoder_norms()
-                    factors = self.scales[hook_name].factor, self.scales[target].factor
-                    dictionary.fold_scale(1 / factors[0], 1 / factors[1])
+                    scale, target_scale = self._factors(key)
+                    dictionary.fold_scale(1 / scale, 1 / target_scale)
                     continue
                 generator = torch.Generator()
                 generator.manual_seed(_initial_seed(hook_name, dictionary.d_sae, key[2]))

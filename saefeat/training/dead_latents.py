@@ -1,7 +1,7 @@
 """Which latents have stopped firing during training."""
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from saefeat.dictionaries.base import DictionaryConfig
@@ -30,9 +30,12 @@ class DeadLatents:
     def update(self, codes: Codes) -> None:
         """Take in the codes of a batch."""
         self.tokens_since_fired += codes.n_rows
-        self.tokens_since_fired[codes.latents[codes.values > 0]] = 0
+        # Entries that are off leave their latent's count as it is; no index depends on the data,
+        # which a GPU would have to wait for.
+        counts = torch.where(codes.values > 0, 0, self.tokens_since_fired[codes.latents])
+        self.tokens_since_fired.scatter_reduce_(0, codes.latents, counts, "amin")
 
     @property
-    def mask(self) -> Bool[Tensor, " d_sae"]:
+    def latents(self) -> Int[Tensor, " n_dead"]:
         """The latents that are dead now."""
-        return self.tokens_since_fired >= self.patience
+        return (self.tokens_since_fired >= self.patience).nonzero().squeeze(1)

@@ -1,7 +1,5 @@
 """One dictionary while it learns: its optimizer, its schedule and its dead latents."""
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -11,21 +9,9 @@ from saefeat.kernels.dispatch import Kernels
 from saefeat.training.dead_latents import DeadLatents, patience_tokens
 from saefeat.training.schedules import learning_rate_factor
 
-
-class Scratch:
-    """Big matrices, made once: the page faults of a fresh one cost as much as filling it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._storage: dict[torch.dtype, Tensor] = {}
-
-    def __call__(self, n: int, width: int, dtype: torch.dtype) -> Tensor:
-        """An uninitialised matrix; its content lasts until the next call of that dtype."""
-        storage = self._storage.get(dtype)
-        if storage is None or storage.numel() < n * width:
-            storage = torch.empty(n * width, dtype=dtype, device=self.device)
-            self._storage[dtype] = storage
-        return storage[: n * width].view(n, width)
+STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 16}
+"""Steps between looks at results on which something in Python depends (which latents are dead,
+whether the loss is finite). A GPU stands still until it has been looked at."""
 
 
 class Learner:
@@ -38,15 +24,11 @@ class Learner:
         n_tokens: int,
         n_steps: int,
         kernels: Kernels,
-        selection_dtype: torch.dtype,
-        scratch: Callable[[int, int, torch.dtype], Tensor],
     ) -> None:
         config = dictionary.config
         self.dictionary = dictionary
         self.n_steps = n_steps
         self.kernels = kernels
-        self.selection_dtype = selection_dtype
-        self.scratch = scratch
         self.peak_learning_rate = peak_learning_rate(config, dictionary.d_sae, n_steps)
         self.generator = torch.Generator(dictionary.W_dec.device)
         self.generator.manual_seed(dictionary.origin.seed or 0)
@@ -62,9 +44,10 @@ class Learner:
             betas=config.adam_betas,
             fused=True,
         )
-        self.dead = DeadLatents(
-            dictionary.d_sae, patience_tokens(config, n_tokens), dictionary.W_dec.device
-        )
+        device = dictionary.W_dec.device
+        self.dead = DeadLatents(dictionary.d_sae, patience_tokens(config, n_tokens), device)
+        self.dead_latents = self.dead.latents
+        self.steps_between_looks = STEPS_BETWEEN_LOOKS.get(device.type, 1)
 
     def step(
         self,
@@ -72,11 +55,20 @@ class Learner:
         target: Float[Tensor, "n d_out"],
         variance: Float[Tensor, ""],
         step: int,
-    ) -> dict[str, float]:
-        """Learn from one batch, `step` being its number from 0 and `variance` the target's.
+        scores: Float[Tensor, "n d_sae"] | None = None,
+    ) -> dict[str, Tensor | float]:
+        """Learn from one batch.
+
+        Args:
+            x: Scaled activations.
+            target: What to reconstruct; the same, but for transcoders.
+            variance: Sum over the batch of the target's squared distance to its mean.
+            step: Number of the step, from 0.
+            scores: See `StepContext`.
 
         Returns:
-            The loss and its terms, L0, the share of dead latents and the learning rate.
+            The loss and its terms, L0, the share of dead latents and the learning rate; what is
+            measured stays on the device.
         """
         dictionary, config = self.dictionary, self.dictionary.config
         learning_rate = self.peak_learning_rate * learning_rate_factor(
@@ -87,19 +79,17 @@ class Learner:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["factor"]
-        dead = self.dead.mask
-        n_dead = int(dead.sum())
+        if step % self.steps_between_looks == 0:
+            self.dead_latents = self.dead.latents
         loss = dictionary.training_loss(
             x,
             target,
             StepContext(
                 kernels=self.kernels,
-                selection_dtype=self.selection_dtype,
-                scratch=self.scratch,
+                scores=scores,
                 progress=step / self.n_steps,
                 variance=variance,
-                dead=dead,
-                n_dead=n_dead,
+                dead=self.dead_latents,
             ),
         )
         loss.total.backward()
@@ -111,10 +101,10 @@ class Learner:
         if dictionary.restarts_dead_latents and self._restart_is_due(step, len(x)):
             self._restart(x, loss.residual)
         return {
-            "loss": float(loss.total.detach()),
-            **{name: float(term) for name, term in loss.terms.items()},
-            "l0": float((loss.codes.values > 0).sum() / len(x)),
-            "dead_fraction": n_dead / dictionary.d_sae,
+            "loss": loss.total.detach(),
+            **loss.terms,
+            "l0": (loss.codes.values > 0).sum() / len(x),
+            "dead_fraction": len(self.dead_latents) / dictionary.d_sae,
             "learning_rate": learning_rate,
         }
 
@@ -130,7 +120,7 @@ class Learner:
 
         Bricken et al. 2023 (resampling); Adam's memory of the old directions goes with them.
         """
-        dead = self.dead.mask.nonzero().squeeze(1)
+        dead = self.dead.latents
         error = residual.square().sum(1)
         dead = dead[: int((error > 0).sum())]
         if len(dead) == 0:

@@ -15,25 +15,20 @@ class ActivationScale:
     data has to come first.
     """
 
-    def __init__(self, d_in: int) -> None:
+    def __init__(self, d_in: int, device: torch.device | None = None) -> None:
         self.d_in = d_in
-        self.norm_sum = 0.0
+        self.norm_sum = torch.zeros((), dtype=torch.float64, device=device)
+        """Of all rows so far; not finite if any entry was not."""
         self.n_rows = 0
 
-    def update(self, x: Float[Tensor, "n d_in"]) -> float:
-        """Take in a batch.
-
-        Returns:
-            The sum of its norms, which is not finite if any entry is not.
-        """
-        norm_sum = float(torch.linalg.vector_norm(x, dim=1).sum(dtype=torch.float64))
-        self.norm_sum += norm_sum
+    def update(self, x: Float[Tensor, "n d_in"]) -> None:
+        """Take in a batch."""
+        self.norm_sum += torch.linalg.vector_norm(x, dim=1).sum(dtype=torch.float64)
         self.n_rows += len(x)
-        return norm_sum
 
     @property
-    def factor(self) -> float:
-        """sqrt(d_in) over the mean norm."""
+    def factor(self) -> Float[Tensor, ""]:
+        """sqrt(d_in) over the mean norm; it stays on the device."""
         return math.sqrt(self.d_in) * self.n_rows / self.norm_sum
 
 

@@ -126,7 +126,8 @@ def train(
                         "expansion_factor": expansion_factor,
                         "seed": seed,
                     }
-                    metrics.write({**position, **name, **terms})
+                    values = {term: float(value) for term, value in terms.items()}
+                    metrics.write({**position, **name, **values})
     bank = learner.finish()
     if out is not None:
         bank.save(out / "saes")
