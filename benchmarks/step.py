@@ -21,8 +21,8 @@ One row for each shape, kind and contestant:
 - over_saefeat: median over the rounds of the contestant's time over our step's in that round, of
   an encode over our encode's: how many times as fast we are.
 - over_float32_product, over_bfloat16_product: the same over the encoder product.
-- saefeat_l0: latents on per token in our last step. The kinds with a penalty start at an L0 of k here,
-  the L0 of a trained dictionary, unless --initial-l0 says otherwise; our time depends on it.
+- saefeat_l0: latents on per token in our last step, on which our time depends. The kinds with a
+  penalty start at k here, where training ends, unless --initial-l0 says otherwise.
 
 All contestants of a kind are in memory at once.
 """
