@@ -3,8 +3,8 @@
 SmolLM2-135M reads contexts of 128 tokens of the sources of Python's standard library, and a TopK
 dictionary is trained on each layer's residual stream in the same pass: once by `sf.train`, once by
 SAELens's `MultiSAETrainingRunner`. Both have the same model object, contexts (one epoch of them),
-hooks, widths, k, batch size and number of training tokens, and are timed whole: the language model's forwards,
-shuffling and training, but not loading the model, tokenising or importing.
+hooks, widths, k, batch size and number of training tokens. They are timed whole: the language
+model's forwards, shuffling and training, but not loading the model, tokenising or importing.
 
 SAELens is at its defaults but for what is matched or what would be unfair to leave:
 
