@@ -98,7 +98,7 @@ def contestant(name: str, task: Task) -> Step | None:
     """The training step of the library called `name`; None if it has no such kind.
 
     Raises:
-        ModuleNotFoundError: The library is not installed.
+        ModuleNotFoundError: The library is not installed, or a package that it imports.
     """
     version(name)
     if name == "saefeat":

@@ -29,6 +29,7 @@ products a step, in float32: at the largest shape that is most of the script's t
 --kinds with fewer --rounds is the way to measure it apart.
 """
 
+import gc
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,6 @@ class Options:
 
 
 def main(options: Options) -> None:
-    device = torch.device("cpu")
     for batch_size, d_in, d_sae, k in options.shapes:
         batches = structured_batches(options.batches, batch_size, d_in)
         for kind in options.kinds:
@@ -78,38 +78,44 @@ def main(options: Options) -> None:
                 k=PICKS if kind == "matching_pursuit" else k,
                 initial_l0=options.initial_l0,
             )
-            ours = Saefeat(task)
-            ways: dict[str, Step] = {"saefeat": ours}
-            missing = []
-            for peer in options.peers:
-                try:
-                    step = contestant(peer, task)
-                except ModuleNotFoundError as error:
-                    missing.append(peer)
-                    print(f"{error} {INSTALL}")
-                    continue
-                if step is not None:
-                    ways[peer] = step
-            if kind == "matching_pursuit":
-                ways |= encodes(task, with_sae_lens="sae-lens" in ways)
-            products = {f"product-{name}": product(task, dtype) for name, dtype in PRODUCTS.items()}
-            seconds = in_turn(
-                ways | products, rounds=options.rounds, warm_up=options.warm_up, device=device
-            )
-            shape = {
-                **where(device),
-                "kind": kind,
-                "batch": batch_size,
-                "d_in": d_in,
-                "d_sae": d_sae,
-                "k": task.k,
-                "rounds": options.rounds,
-            }
-            for name in [*seconds, *missing]:
-                write_row(
-                    options.out,
-                    {**shape, **measured(name, seconds), "saefeat_l0": f"{ours.l0:.1f}"},
-                )
+            compare(task, options)
+            # The trainers hold themselves in cycles: gigabytes, beside those of the next kind.
+            gc.collect()
+
+
+def compare(task: Task, options: Options) -> None:
+    """Measure one kind at one shape and write its rows."""
+    device = torch.device("cpu")
+    ours = Saefeat(task)
+    ways: dict[str, Step] = {"saefeat": ours}
+    missing = []
+    for peer in options.peers:
+        try:
+            step = contestant(peer, task)
+        except ModuleNotFoundError as error:
+            missing.append(peer)
+            print(f"{error} To have it: {INSTALL}")
+            continue
+        if step is not None:
+            ways[peer] = step
+    if task.kind == "matching_pursuit":
+        ways |= encodes(task, with_sae_lens="sae-lens" in ways)
+    products = {f"product-{name}": product(task, dtype) for name, dtype in PRODUCTS.items()}
+    seconds = in_turn(
+        ways | products, rounds=options.rounds, warm_up=options.warm_up, device=device
+    )
+    shape = {
+        **where(device),
+        "kind": task.kind,
+        "batch": task.batch_size,
+        "d_in": task.d_in,
+        "d_sae": task.d_sae,
+        "k": task.k,
+        "rounds": options.rounds,
+    }
+    for name in [*seconds, *missing]:
+        columns = measured(name, seconds)
+        write_row(options.out, {**shape, **columns, "saefeat_l0": f"{ours.l0:.1f}"})
 
 
 def measured(name: str, seconds: dict[str, list[float]]) -> dict[str, str]:
