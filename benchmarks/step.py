@@ -54,7 +54,7 @@ class Options:
         (2048, 768, 24576, 64),
         (4096, 2304, 16384, 64),
     )
-    """Batch size, d_in, d_sae and k of each, one after the other."""
+    """Batch size, d_in, d_sae and k of each: four numbers after four, one --shapes for all."""
     kinds: tuple[str, ...] = tuple(CONFIGS)
     peers: tuple[str, ...] = tuple(name for name in PACKAGES if name != "saefeat")
     """Those to measure."""
