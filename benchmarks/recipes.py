@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import tyro
+from kinds import CONFIGS, PENALTY, sae_lens_dictionary
 
 import saefeat as sf
 from saefeat.metrics.fidelity import FidelitySums
@@ -37,8 +38,6 @@ from saefeat.metrics.sparsity import SparsityCounts
 D_IN = 576
 K = 32
 BATCH = 2048
-PENALTY = {"standard": 1.5, "gated": 2.5, "jumprelu": 3.0}
-"""Coefficients that SAELens is given; its L0 came out from 7 (jumprelu) to 32 (standard)."""
 TOP = 20
 """Strongest tokens of a latent that its selectivity is the share of one token among."""
 
@@ -144,22 +143,13 @@ class Bench:
             options: dict[str, Any] = {"target_l0": target}
         else:
             options = {"k": K}
-        names = {
-            "topk": sf.TopKConfig,
-            "batch_topk": sf.BatchTopKConfig,
-            "matryoshka": sf.MatryoshkaConfig,
-            "standard": sf.StandardConfig,
-            "gated": sf.GatedConfig,
-            "jumprelu": sf.JumpReLUConfig,
-            "matching_pursuit": sf.MatchingPursuitConfig,
-        }
         stream = sf.ActivationStream.from_tensors(
             {self.hook: self.rows}, batch_size=BATCH, held_out_fraction=0
         )
         started = time.perf_counter()
         bank = sf.train(
             stream,
-            names[kind](**options),
+            CONFIGS[kind](**options),
             expansion_factors=[self.options.width],
             n_tokens=self.options.tokens,
             progress=False,
@@ -176,7 +166,7 @@ class Bench:
         n = self.options.tokens
         steps = n // BATCH
         torch.manual_seed(0)
-        sae = sae_lens_dictionary(kind, self.d_sae, steps)
+        sae = sae_lens_dictionary(kind, D_IN, self.d_sae, K, warm_up_steps=steps // 20)
         config = SAETrainerConfig(
             total_training_samples=n,
             train_batch_size_samples=BATCH,
@@ -253,49 +243,6 @@ class Bench:
                 ids = self.ids[rows[strongest[:TOP]]].tolist()
                 shares.append(Counter(ids).most_common(1)[0][1] / TOP)
         return float(torch.tensor(shares).median()) if shares else math.nan
-
-
-def sae_lens_dictionary(kind: str, d_sae: int, steps: int) -> Any:
-    """SAELens's own class for `kind`, at its defaults but for what is matched."""
-    from sae_lens import (
-        BatchTopKTrainingSAE,
-        BatchTopKTrainingSAEConfig,
-        GatedTrainingSAE,
-        GatedTrainingSAEConfig,
-        JumpReLUTrainingSAE,
-        JumpReLUTrainingSAEConfig,
-        MatryoshkaBatchTopKTrainingSAE,
-        MatryoshkaBatchTopKTrainingSAEConfig,
-        StandardTrainingSAE,
-        StandardTrainingSAEConfig,
-        TopKTrainingSAE,
-        TopKTrainingSAEConfig,
-    )
-
-    shared: dict[str, Any] = {
-        "d_in": D_IN,
-        "d_sae": d_sae,
-        "normalize_activations": "expected_average_only_in",
-    }
-    warm_up = {"l1_warm_up_steps": steps // 20}
-    if kind == "topk":
-        return TopKTrainingSAE(TopKTrainingSAEConfig(k=K, **shared))
-    if kind == "batch_topk":
-        return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(k=K, **shared))
-    if kind == "matryoshka":
-        widths = [round(share * d_sae) for share in (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1)]
-        config = MatryoshkaBatchTopKTrainingSAEConfig(k=K, matryoshka_widths=widths, **shared)
-        return MatryoshkaBatchTopKTrainingSAE(config)
-    if kind == "standard":
-        config = StandardTrainingSAEConfig(l1_coefficient=PENALTY[kind], **warm_up, **shared)
-        return StandardTrainingSAE(config)
-    if kind == "gated":
-        config = GatedTrainingSAEConfig(l1_coefficient=PENALTY[kind], **warm_up, **shared)
-        return GatedTrainingSAE(config)
-    config = JumpReLUTrainingSAEConfig(
-        l0_coefficient=PENALTY[kind], l0_warm_up_steps=steps // 20, **shared
-    )
-    return JumpReLUTrainingSAE(config)
 
 
 if __name__ == "__main__":
