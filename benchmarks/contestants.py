@@ -134,7 +134,7 @@ class Saefeat:
 
     def __call__(self, step: int) -> None:
         measured = self.learner.step({"x": self.task.batch(step)})
-        self.l0 = measured["x", 1, 0]["l0"]
+        self.l0 = float(measured["x", 1, 0]["l0"])
 
 
 def sae_lens_step(task: Task, *, autocast: bool) -> Step:

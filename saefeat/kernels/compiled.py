@@ -18,13 +18,13 @@ SMALLEST_SHARE = 64
 """Rows below which another thread costs more than it saves."""
 
 
-def compiled(function: Callable[..., None]) -> Callable[..., None]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as machine code, kept on disk between runs."""
     # Tests wrap each function to check shapes; what numba reads is the plain one inside.
     plain = inspect.unwrap(function)
     # No "nnan" and "ninf": latents that are out of the running score minus infinity.
     allowed = {"contract", "reassoc", "arcp"}
-    made: Callable[..., None] = numba.njit(
+    made: Callable[..., Any] = numba.njit(
         nogil=True, fastmath=allowed, cache=True, error_model="numpy"
     )(plain)
     return made

@@ -12,6 +12,8 @@ from saefeat.kernels import pursuit
 from saefeat.kernels.codes import Codes
 from saefeat.kernels.compiled import compiled, share_rows
 
+BLOCK = 256
+"""Scores among which the largest is found at once."""
 ROWS_AT_ONCE = 4096
 """Rows whose correlations with all atoms are in memory at once."""
 
@@ -32,7 +34,8 @@ def matching_pursuit(
         part = slice(low, low + ROWS_AT_ONCE)
         scores, squares = (x[part] @ atoms.T).numpy(), x[part].square().sum(1).numpy()
         outputs = picked[part].numpy(), values[part].numpy()
-        share_rows(_pursue, len(squares), scores, squares, inner, share, *outputs)
+        bits = scores.view(f"i{scores.itemsize}")
+        share_rows(_pursue, len(squares), scores, bits, squares, inner, share, *outputs)
     return pursuit.as_codes(picked, values, len(atoms))
 
 
@@ -41,13 +44,14 @@ def _pursue(
     low: int,
     high: int,
     scores: Any,
+    bits: Any,
     squares: Any,
     gram: Any,
     share: float,
     picked: Any,
     values: Any,
 ) -> None:
-    """`pursuit._pursue` row by row; `scores` is used up."""
+    """`pursuit._pursue` row by row; `scores` is used up, and `bits` are the same memory."""
     d_sae = scores.shape[1]
     k = picked.shape[1]
     along = np.empty((k, d_sae), scores.dtype)
@@ -61,14 +65,10 @@ def _pursue(
         enough = share * left
         n_picked = 0
         while n_picked < k and left > enough:
-            best = score[0]
-            for latent in range(1, d_sae):
-                best = max(best, score[latent])
+            chosen = _largest(bits[row])
+            best = score[chosen]
             if not best > 0:  # nor a number
                 break
-            chosen = 0
-            while chosen < d_sae - 1 and score[chosen] != best:
-                chosen += 1
             t = n_picked
             length = math.sqrt(fresh[chosen])
             weight = best / length
@@ -76,14 +76,24 @@ def _pursue(
             direction[:] = gram[chosen]
             for s in range(t):
                 factor[t, s] = along[s, chosen]
-            # Four earlier directions at a time, so that `direction` is read and written less.
+            # Several earlier directions at a time, so that `direction` is read and written less.
             s = 0
-            while s + 4 <= t:
+            while s + 8 <= t:
                 a, b, c, d = along[s], along[s + 1], along[s + 2], along[s + 3]
+                e, f, g, h = along[s + 4], along[s + 5], along[s + 6], along[s + 7]
                 wa, wb, wc, wd = factor[t, s], factor[t, s + 1], factor[t, s + 2], factor[t, s + 3]
+                we, wf = factor[t, s + 4], factor[t, s + 5]
+                wg, wh = factor[t, s + 6], factor[t, s + 7]
                 for i in range(d_sae):
-                    direction[i] -= wa * a[i] + wb * b[i] + wc * c[i] + wd * d[i]
-                s += 4
+                    direction[i] -= (wa * a[i] + wb * b[i] + wc * c[i] + wd * d[i]) + (
+                        we * e[i] + wf * f[i] + wg * g[i] + wh * h[i]
+                    )
+                s += 8
+            while s + 2 <= t:
+                a, b, wa, wb = along[s], along[s + 1], factor[t, s], factor[t, s + 1]
+                for i in range(d_sae):
+                    direction[i] -= wa * a[i] + wb * b[i]
+                s += 2
             while s < t:
                 a, wa = along[s], factor[t, s]
                 for i in range(d_sae):
@@ -102,6 +112,27 @@ def _pursue(
             left -= weight * weight
             n_picked += 1
         _refit(factor[:n_picked, :n_picked], weights[:n_picked], values[row])
+
+
+@compiled
+def _largest(bits: Any) -> int:
+    """Where the largest score is, given its bits; anywhere if none is positive.
+
+    As integers, positive floats keep their order and stay above all negative ones. Maxima of
+    floats would not become vector instructions, since NaN has no order.
+    """
+    best, start = bits[0], 0
+    for low in range(0, len(bits), BLOCK):
+        part = bits[low : low + BLOCK]
+        largest = part[0]
+        for i in range(len(part)):
+            largest = max(largest, part[i])
+        if largest > best:
+            best, start = largest, low
+    for i in range(start, min(len(bits), start + BLOCK)):
+        if bits[i] == best:
+            return i
+    return 0
 
 
 @compiled
