@@ -6,6 +6,7 @@ as long where the output is large, most of it for the page faults of a fresh one
 
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -35,8 +36,9 @@ def product(
     pattern: SparsityPattern, values: Float[Tensor, " nnz"], weight: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, "n d"]:
     """See `eager.product`."""
-    out = weight.new_zeros(pattern.n_rows, weight.shape[1])
-    _add_products(pattern.offsets, pattern.latents, values, weight, out)
+    out = weight.new_empty(pattern.n_rows, weight.shape[1])
+    entries = torch.arange(len(values))
+    _sum_rows(pattern.offsets, entries, pattern.latents, values, weight, out, False)
     return out
 
 
@@ -47,19 +49,24 @@ def transposed_product(
     out: Float[Tensor, "d_sae d"] | None = None,
 ) -> Float[Tensor, "d_sae d"]:
     """See `eager.transposed_product`."""
-    if out is None:
-        out = rows.new_zeros(pattern.d_sae, rows.shape[1])
-    offsets, order = pattern.by_latent
-    _add_products(offsets, pattern.rows[order], values[order], rows, out)
-    return out
+    adds = out is not None
+    sums = rows.new_empty(pattern.d_sae, rows.shape[1]) if out is None else out
+    _sum_rows(*pattern.by_latent, pattern.rows, values, rows, sums, adds)
+    return sums
 
 
-def _add_products(
-    offsets: Tensor, index: Tensor, values: Tensor, summands: Tensor, out: Tensor
+def _sum_rows(
+    offsets: Tensor,
+    entries: Tensor,
+    index: Tensor,
+    values: Tensor,
+    summands: Tensor,
+    out: Tensor,
+    adds: bool,
 ) -> None:
-    """Add to each row of `out` the rows of `summands` that `index` names, times `values`."""
-    arrays = (offsets.numpy(), index.numpy(), _array(values), _array(summands), out.numpy())
-    share_rows(_add_rows, len(out), *arrays)
+    """Each row of `out` gets the rows of `summands` that its entries name, times their values."""
+    arrays = (offsets, entries, index, values, summands)
+    share_rows(_add_rows, len(out), *map(_array, arrays), out.numpy(), adds)
 
 
 def _array(tensor: Tensor) -> Any:
@@ -77,15 +84,15 @@ def _dots(
         entry, end = offsets[row], offsets[row + 1]
         while entry + 4 <= end:
             a, b = right[latents[entry]], right[latents[entry + 1]]
-            c, d_ = right[latents[entry + 2]], right[latents[entry + 3]]
-            sum_a, sum_b, sum_c, sum_d = zero, zero, zero, zero
+            c, e = right[latents[entry + 2]], right[latents[entry + 3]]
+            sum_a, sum_b, sum_c, sum_e = zero, zero, zero, zero
             for i in range(d):
                 value = x[i]
                 sum_a += value * a[i]
                 sum_b += value * b[i]
                 sum_c += value * c[i]
-                sum_d += value * d_[i]
-            out[entry], out[entry + 1], out[entry + 2], out[entry + 3] = sum_a, sum_b, sum_c, sum_d
+                sum_e += value * e[i]
+            out[entry], out[entry + 1], out[entry + 2], out[entry + 3] = sum_a, sum_b, sum_c, sum_e
             entry += 4
         while entry < end:
             a, sum_a = right[latents[entry]], zero
@@ -97,26 +104,39 @@ def _dots(
 
 @compiled
 def _add_rows(
-    low: int, high: int, offsets: Any, index: Any, values: Any, summands: Any, out: Any
+    low: int,
+    high: int,
+    offsets: Any,
+    entries: Any,
+    index: Any,
+    values: Any,
+    summands: Any,
+    out: Any,
+    adds: bool,
 ) -> None:
     d = out.shape[1]
+    held = np.empty(4, np.int64)
     for row in range(low, high):
         y = out[row]
-        entry, end = offsets[row], offsets[row + 1]
-        while entry + 4 <= end:
-            a, b = summands[index[entry]], summands[index[entry + 1]]
-            c, d_ = summands[index[entry + 2]], summands[index[entry + 3]]
-            w_a, w_b, w_c, w_d = (
-                values[entry],
-                values[entry + 1],
-                values[entry + 2],
-                values[entry + 3],
-            )
-            for i in range(d):
-                y[i] += w_a * a[i] + w_b * b[i] + w_c * c[i] + w_d * d_[i]
-            entry += 4
-        while entry < end:
-            a, w_a = summands[index[entry]], values[entry]
+        if not adds:
+            y[:] = 0
+        n_held = 0
+        for place in range(offsets[row], offsets[row + 1]):
+            entry = entries[place]
+            # Most of what a JumpReLU selects is off: near its threshold, below it.
+            if values[entry] == 0:
+                continue
+            held[n_held] = entry
+            n_held += 1
+            if n_held == 4:
+                a, b = summands[index[held[0]]], summands[index[held[1]]]
+                c, e = summands[index[held[2]]], summands[index[held[3]]]
+                w_a, w_b = values[held[0]], values[held[1]]
+                w_c, w_e = values[held[2]], values[held[3]]
+                for i in range(d):
+                    y[i] += w_a * a[i] + w_b * b[i] + w_c * c[i] + w_e * e[i]
+                n_held = 0
+        for k in range(n_held):
+            a, w_a = summands[index[held[k]]], values[held[k]]
             for i in range(d):
                 y[i] += w_a * a[i]
-            entry += 1

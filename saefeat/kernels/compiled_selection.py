@@ -44,20 +44,19 @@ def batch_top_k(
 ) -> tuple[SparsityPattern, Float[Tensor, ""]]:
     """See `eager.batch_top_k`."""
     n, d_sae = scores.shape
-    sample = scores[:: max(1, n // SAMPLED_ROWS)]
-    wanted = min(sample.numel(), int(GUESS_MARGIN * n_kept * len(sample) / n) + 8)
-    guess = max(0, int(_keys(sample.flatten().topk(wanted).values[-1:])) - 1)
-    floor = _keys(scores.new_zeros(d_sae)).numpy()
-    floor[:] = guess
+    sample = _keys(scores[:: max(1, n // SAMPLED_ROWS)]).flatten().numpy()
+    wanted = min(len(sample), int(GUESS_MARGIN * n_kept * len(sample) / (n * d_sae)) + 8)
+    floor = np.full(d_sae, max(0, _kth_largest(sample, wanted) - 1), sample.dtype)
     pattern = _above(scores, floor)
-    if len(pattern.latents) < n_kept and guess:
+    if len(pattern.latents) < n_kept and floor[0]:
         floor[:] = 0
         pattern = _above(scores, floor)
     kept = scores[pattern.rows, pattern.latents]
     if len(kept) == 0:
         return pattern, torch.tensor(torch.finfo(scores.dtype).tiny)
     if len(kept) > n_kept:
-        is_kept = kept >= kept.topk(n_kept).values[-1]
+        keys = _keys(kept)
+        is_kept = keys >= int(_kth_largest(keys.numpy(), n_kept))
         pattern, kept = pattern.where(is_kept), kept[is_kept]
     return pattern, kept.min().float()
 
