@@ -8,6 +8,11 @@ import importlib.util
 
 import pytest
 import torch
+
+# Without a GPU, Triton's programs are interpreted; it reads this when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from jaxtyping import install_import_hook
 
 # Before anything of saefeat is imported, so that each annotated shape is checked as it runs.

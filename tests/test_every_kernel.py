@@ -6,7 +6,7 @@ import torch
 from saefeat.kernels import eager
 from saefeat.kernels.autograd import sparse_decode, sparse_encode
 from saefeat.kernels.codes import Codes, SparsityPattern
-from saefeat.kernels.dispatch import BACKENDS, choose_kernels, load_kernels
+from saefeat.kernels.dispatch import BACKENDS, choose_kernels
 
 CASES = {
     "usual": (64, 48, 96, 8),
@@ -38,7 +38,11 @@ def patterns(generator: torch.Generator):
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    return load_kernels(request.param)
+    """Each backend that can run on a processor, Triton's programs through its interpreter."""
+    try:
+        return choose_kernels(request.param, torch.device("cpu"))[1]
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

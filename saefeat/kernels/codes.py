@@ -36,12 +36,15 @@ class SparsityPattern:
 
     @classmethod
     def from_mask(cls, mask: Bool[Tensor, "n d_sae"]) -> "SparsityPattern":
-        """The entries where `mask` holds."""
+        """The entries where `mask` holds. On CUDA this waits for the device, to count them."""
         rows, latents = mask.nonzero(as_tuple=True)
         return cls(_offsets(rows, len(mask)), latents, mask.shape[1])
 
     def where(self, kept: Bool[Tensor, " nnz"]) -> "SparsityPattern":
-        """The pattern of those entries for which `kept` holds, in the same order."""
+        """The pattern of those entries for which `kept` holds, in the same order.
+
+        On CUDA this waits for the device, to count them.
+        """
         return SparsityPattern(
             _offsets(self.rows[kept], self.n_rows), self.latents[kept], self.d_sae
         )
@@ -61,10 +64,8 @@ class SparsityPattern:
     def by_latent(self) -> tuple[Int[Tensor, " d_sae_plus_1"], Int[Tensor, " nnz"]]:
         """`(offsets, order)`: entry numbers sorted by latent, and where each latent's begin."""
         # Stable, so that the order of additions, and with it the last bit, is the same each run.
-        _, order = torch.sort(self.latents, stable=True)
-        offsets = self.latents.new_zeros(self.d_sae + 1)
-        torch.cumsum(torch.bincount(self.latents, minlength=self.d_sae), 0, out=offsets[1:])
-        return offsets, order
+        ascending, order = torch.sort(self.latents, stable=True)
+        return _offsets(ascending, self.d_sae), order
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +116,21 @@ class Codes:
 
     def firing_counts(self) -> Int[Tensor, " d_sae"]:
         """In how many rows each latent is above zero."""
-        return torch.bincount(self.latents[self.values > 0], minlength=self.d_sae)
+        return _counts(self.latents, self.values > 0, self.d_sae)
 
     def row_counts(self) -> Int[Tensor, " n"]:
         """How many latents are above zero in each row."""
-        return torch.bincount(self.pattern.rows[self.values > 0], minlength=self.n_rows)
+        return _counts(self.pattern.rows, self.values > 0, self.n_rows)
 
 
-def _offsets(rows: Int[Tensor, " nnz"], n_rows: int) -> Int[Tensor, " n_plus_1"]:
-    """Where each row's entries begin, given the row of every entry in ascending order."""
-    offsets = rows.new_zeros(n_rows + 1)
-    torch.cumsum(torch.bincount(rows, minlength=n_rows), 0, out=offsets[1:])
-    return offsets
+# On CUDA, bincount and boolean indexing wait for the device; what is used here does not.
+
+
+def _offsets(ascending: Int[Tensor, " nnz"], n: int) -> Int[Tensor, " n_plus_1"]:
+    """Where the entries of each of n numbers begin, given the number of every entry in order."""
+    return torch.searchsorted(ascending, torch.arange(n + 1, device=ascending.device))
+
+
+def _counts(numbers: Int[Tensor, " nnz"], counted: Bool[Tensor, " nnz"], n: int) -> Tensor:
+    """How many of the counted entries have each of n numbers."""
+    return numbers.new_zeros(n).scatter_add_(0, numbers, counted.to(numbers.dtype))

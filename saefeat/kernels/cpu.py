@@ -22,6 +22,7 @@ from saefeat.kernels.codes import Codes
 
 top_k = stock.top_k
 batch_top_k = stock.batch_top_k
+above = stock.above
 sampled_product = stock.sampled_product
 product = stock.product
 transposed_product = stock.transposed_product

@@ -1,5 +1,6 @@
 """Which kernels run: decided once, by device and by what is installed, and written down."""
 
+import os
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Protocol, runtime_checkable
@@ -20,6 +21,10 @@ class Kernels(Protocol):
     def batch_top_k(
         self, scores: Float[Tensor, "n d_sae"], n_kept: int
     ) -> tuple[SparsityPattern, Float[Tensor, ""]]: ...
+
+    def above(
+        self, scores: Float[Tensor, "n d_sae"], floor: Float[Tensor, " d_sae"]
+    ) -> SparsityPattern: ...
 
     def sampled_product(
         self,
@@ -56,7 +61,7 @@ class Kernels(Protocol):
     ) -> Codes: ...
 
 
-BACKENDS = ("eager", "stock", "cpu")
+BACKENDS = ("eager", "stock", "cpu", "triton")
 """Modules of this room that implement `Kernels`, the plainest first."""
 
 
@@ -77,7 +82,8 @@ def choose_kernels(name: str, device: torch.device) -> tuple[str, Kernels]:
     """
     reasons = {backend: _why_not(backend, device) for backend in BACKENDS}
     if name == "auto":
-        name = [backend for backend, reason in reasons.items() if reason is None][-1]
+        able = [backend for backend, reason in reasons.items() if reason is None]
+        name = [backend for backend in able if not _is_interpreted(backend, device)][-1]
     if name not in BACKENDS:
         raise ValueError(f"kernels must be 'auto' or one of {list(BACKENDS)}, got {name!r}.")
     if reasons[name] is not None:
@@ -91,7 +97,19 @@ def _why_not(name: str, device: torch.device) -> str | None:
         return f"it is for processors, and the device is {device}."
     if name == "cpu" and find_spec("numba") is None:
         return "it needs numba. Run: pip install numba"
+    if name == "triton" and find_spec("triton") is None:
+        return "it needs the package triton. Run: pip install triton"
+    if name == "triton" and device.type != "cuda" and not _is_interpreted(name, device):
+        return (
+            f"it is for CUDA devices, and the device is {device}. Pass kernels='auto', or, to test "
+            "it on a processor, set the environment variable TRITON_INTERPRET=1 beforehand."
+        )
     # sampled_addmm on a processor is MKL's.
     if name in ("stock", "cpu") and device.type != "cuda" and not torch.backends.mkl.is_available():
         return "this build of torch has no MKL. Pass kernels='eager' (slower, same results)."
     return None
+
+
+def _is_interpreted(name: str, device: torch.device) -> bool:
+    """Whether Triton programs would run on a processor, which is for tests and very slow."""
+    return name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"

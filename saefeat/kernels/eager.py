@@ -31,6 +31,11 @@ def batch_top_k(
     return SparsityPattern.from_mask(mask), kept_least.float()
 
 
+def above(scores: Float[Tensor, "n d_sae"], floor: Float[Tensor, " d_sae"]) -> SparsityPattern:
+    """The entries above the floor of their latent, which is cast to the dtype of `scores`."""
+    return SparsityPattern.from_mask(scores > floor.to(scores.dtype))
+
+
 def sampled_product(
     pattern: SparsityPattern, left: Float[Tensor, "n d"], right: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, " nnz"]:

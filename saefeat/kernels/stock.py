@@ -16,6 +16,7 @@ from saefeat.kernels import eager, pursuit
 from saefeat.kernels.codes import SparsityPattern
 
 batch_top_k = eager.batch_top_k
+above = eager.above
 latent_sums = eager.latent_sums
 matching_pursuit = pursuit.matching_pursuit
 
