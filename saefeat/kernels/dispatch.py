@@ -83,7 +83,7 @@ def choose_kernels(name: str, device: torch.device) -> tuple[str, Kernels]:
     reasons = {backend: _why_not(backend, device) for backend in BACKENDS}
     if name == "auto":
         able = [backend for backend, reason in reasons.items() if reason is None]
-        name = [backend for backend in able if not _is_interpreted(backend, device)][-1]
+        name = [backend for backend in able if not _is_interpreted(backend)][-1]
     if name not in BACKENDS:
         raise ValueError(f"kernels must be 'auto' or one of {list(BACKENDS)}, got {name!r}.")
     if reasons[name] is not None:
@@ -99,7 +99,7 @@ def _why_not(name: str, device: torch.device) -> str | None:
         return "it needs numba. Run: pip install numba"
     if name == "triton" and find_spec("triton") is None:
         return "it needs the package triton. Run: pip install triton"
-    if name == "triton" and device.type != "cuda" and not _is_interpreted(name, device):
+    if name == "triton" and device.type != "cuda" and not _is_interpreted(name):
         return (
             f"it is for CUDA devices, and the device is {device}. Pass kernels='auto', or, to test "
             "it on a processor, set the environment variable TRITON_INTERPRET=1 beforehand."
@@ -110,6 +110,6 @@ def _why_not(name: str, device: torch.device) -> str | None:
     return None
 
 
-def _is_interpreted(name: str, device: torch.device) -> bool:
-    """Whether Triton programs would run on a processor, which is for tests and very slow."""
-    return name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+def _is_interpreted(name: str) -> bool:
+    """Whether the backend's programs would be interpreted: for tests, and very slow."""
+    return name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"

@@ -89,14 +89,12 @@ def batch_top_k(
     form = _FORMATS[scores.dtype]
     bits, stride = scores.view(form.bits), scores.stride(0)
     scan = _scan(form, d_sae, least=0)  # what is not positive ties at 0
-    whole = {"dtype": torch.int64, "device": scores.device}
-    threshold = torch.zeros((), **whole)
-    needed = torch.full((), n_kept, **whole)
-    above, tied = torch.empty(n, **whole), torch.empty(n, **whole)
-    latents = torch.empty(n_kept, **whole)
+    latents = torch.empty(n_kept, dtype=torch.int64, device=scores.device)
+    threshold, needed = latents.new_zeros(()), latents.new_full((), n_kept)
+    above, tied = latents.new_empty(n), latents.new_empty(n)
     with torch.cuda.device_of(scores):
         for shift in range(torch.iinfo(form.bits).bits - 8, -1, -8):
-            histogram = torch.zeros(256, **whole)
+            histogram = latents.new_zeros(256)
             programs.add_histogram[(n,)](
                 histogram, threshold, bits, d_sae, stride, shift=shift, **scan
             )
@@ -240,7 +238,8 @@ def _wide(matrix: Tensor) -> tuple[torch.dtype, Any]:
 
 
 def _block(width: int, most: int) -> int:
-    return min(most, triton.next_power_of_2(max(width, 16)))
+    """The least power of two that holds the width, from 16 to `most`."""
+    return min(most, 1 << (max(width, 16) - 1).bit_length())
 
 
 def _scan(form: _Format, width: int, least: int) -> dict[str, Any]:
