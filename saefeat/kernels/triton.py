@@ -18,7 +18,7 @@ from torch import Tensor
 
 from saefeat.kernels import pursuit
 from saefeat.kernels import triton_programs as programs
-from saefeat.kernels.codes import SparsityPattern
+from saefeat.kernels.codes import SparsityPattern, offsets_of
 
 matching_pursuit = pursuit.matching_pursuit
 
@@ -101,7 +101,7 @@ def batch_top_k(
             programs.descend[(1,)](histogram, threshold, needed)
         programs.count_row[(n,)](above, tied, threshold, bits, d_sae, stride, **scan)
         taken = torch.minimum((needed - tied.cumsum(0) + tied).clamp_min(0), tied)
-        offsets = _offsets(above + taken)
+        offsets = offsets_of(above + taken)
         programs.write_row[(n,)](latents, offsets, taken, threshold, bits, d_sae, stride, **scan)
     pattern = SparsityPattern(offsets, latents, d_sae)
     kept = scores[pattern.rows, latents]
@@ -123,7 +123,7 @@ def above(scores: Float[Tensor, "n d_sae"], floor: Float[Tensor, " d_sae"]) -> S
     }
     with torch.cuda.device_of(scores):
         programs.count_above[(n,)](counts, scores, floor, d_sae, scores.stride(0), **options)
-        offsets = _offsets(counts)
+        offsets = offsets_of(counts)
         latents = counts.new_empty(int(offsets[-1]))
         programs.write_above[(n,)](
             latents, offsets, scores, floor, d_sae, scores.stride(0), **options
@@ -223,11 +223,6 @@ def _add_rows(
 def _with_whole_rows(matrix: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """The matrix with the entries of a row side by side; copied only where they are not."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
-def _offsets(counts: Int[Tensor, " n"]) -> Int[Tensor, " n_plus_1"]:
-    """Where each row's entries begin, and where the last one's end."""
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
 def _wide(matrix: Tensor) -> tuple[torch.dtype, Any]:
