@@ -1,4 +1,4 @@
-"""Triton kernels for CUDA devices, on the programs of `triton_programs`.
+"""Triton kernels for CUDA devices, on the programs of `triton_products` and `triton_selection`.
 
 Nothing here waits for the device, except `above`, which has to learn how much to allocate.
 Sums are held in float32, in float64 for float64 inputs, and are added in the same order each
@@ -16,8 +16,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saefeat.kernels import pursuit
-from saefeat.kernels import triton_programs as programs
+from saefeat.kernels import pursuit, triton_products, triton_selection
 from saefeat.kernels.codes import SparsityPattern, offsets_of
 
 matching_pursuit = pursuit.matching_pursuit
@@ -64,7 +63,7 @@ def top_k(scores: Float[Tensor, "n d_sae"], k: int) -> Int[Tensor, "n k"]:
     form = _FORMATS[scores.dtype]
     out = torch.empty(n, k, dtype=torch.int64, device=scores.device)
     with torch.cuda.device_of(scores):
-        programs.top_k_of_row[(n,)](
+        triton_selection.top_k_of_row[(n,)](
             out,
             scores.view(form.bits),
             d_sae,
@@ -91,23 +90,26 @@ def batch_top_k(
     scan = _scan(form, d_sae, least=0)  # what is not positive ties at 0
     latents = torch.empty(n_kept, dtype=torch.int64, device=scores.device)
     threshold, needed = latents.new_zeros(()), latents.new_full((), n_kept)
-    above, tied = latents.new_empty(n), latents.new_empty(n)
+    greater, tied = latents.new_empty(n), latents.new_empty(n)
     with torch.cuda.device_of(scores):
         for shift in range(torch.iinfo(form.bits).bits - 8, -1, -8):
             histogram = latents.new_zeros(256)
-            programs.add_histogram[(n,)](
+            triton_selection.add_histogram[(n,)](
                 histogram, threshold, bits, d_sae, stride, shift=shift, **scan
             )
-            programs.descend[(1,)](histogram, threshold, needed)
-        programs.count_row[(n,)](above, tied, threshold, bits, d_sae, stride, **scan)
+            triton_selection.descend[(1,)](histogram, threshold, needed)
+        triton_selection.count_row[(n,)](greater, tied, threshold, bits, d_sae, stride, **scan)
         taken = torch.minimum((needed - tied.cumsum(0) + tied).clamp_min(0), tied)
-        offsets = offsets_of(above + taken)
-        programs.write_row[(n,)](latents, offsets, taken, threshold, bits, d_sae, stride, **scan)
+        offsets = offsets_of(greater + taken)
+        triton_selection.write_row[(n,)](
+            latents, offsets, taken, threshold, bits, d_sae, stride, **scan
+        )
     pattern = SparsityPattern(offsets, latents, d_sae)
     kept = scores[pattern.rows, latents]
-    least = torch.where(kept > 0, kept, torch.inf).amin()
+    positive = kept > 0
+    least = torch.where(positive, kept, torch.inf).amin()
     tiny = torch.finfo(scores.dtype).tiny
-    return pattern, torch.where(least.isinf(), tiny, least).float()
+    return pattern, torch.where(positive.any(), least, tiny).float()
 
 
 def above(scores: Float[Tensor, "n d_sae"], floor: Float[Tensor, " d_sae"]) -> SparsityPattern:
@@ -122,10 +124,12 @@ def above(scores: Float[Tensor, "n d_sae"], floor: Float[Tensor, " d_sae"]) -> S
         "num_warps": SCAN_WARPS,
     }
     with torch.cuda.device_of(scores):
-        programs.count_above[(n,)](counts, scores, floor, d_sae, scores.stride(0), **options)
+        triton_selection.count_above[(n,)](
+            counts, scores, floor, d_sae, scores.stride(0), **options
+        )
         offsets = offsets_of(counts)
         latents = counts.new_empty(int(offsets[-1]))
-        programs.write_above[(n,)](
+        triton_selection.write_above[(n,)](
             latents, offsets, scores, floor, d_sae, scores.stride(0), **options
         )
     return SparsityPattern(offsets, latents, d_sae)
@@ -139,7 +143,7 @@ def sampled_product(
     n_entries, width = len(pattern.latents), left.shape[1]
     out = left.new_empty(n_entries)
     with torch.cuda.device_of(left):
-        programs.dot_rows[(triton.cdiv(n_entries, ENTRIES),)](
+        triton_products.dot_rows[(triton.cdiv(n_entries, ENTRIES),)](
             out,
             pattern.rows,
             pattern.latents,
@@ -166,7 +170,7 @@ def product(
 def transposed_product(
     pattern: SparsityPattern, values: Float[Tensor, " nnz"], rows: Float[Tensor, "n d"]
 ) -> Float[Tensor, "d_sae d"]:
-    """See `eager.transposed_product`. Latents that are on often are shared by programs."""
+    """See `eager.transposed_product`. Latents that are on often are shared by triton_selection."""
     offsets, order = pattern.by_latent
     return _add_rows(
         offsets, pattern.rows[order], values[order], rows, owners=pattern.latents[order]
@@ -202,10 +206,10 @@ def _add_rows(
     with torch.cuda.device_of(matrix):
         if owners is not None:
             parts = matrix.new_empty(len(owners) // WINDOW, width, dtype=dtype)
-            programs.add_windows[(len(parts), n_blocks)](
+            triton_products.add_windows[(len(parts), n_blocks)](
                 parts, owners, indices, values, matrix, width, stride, window=WINDOW, **options
             )
-        programs.add_rows[(n_out, n_blocks)](
+        triton_products.add_rows[(n_out, n_blocks)](
             out,
             offsets,
             indices,
