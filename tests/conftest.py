@@ -8,10 +8,20 @@ import importlib.util
 
 import pytest
 import torch
+
+# Without a GPU, Triton's programs are interpreted; it reads this when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from jaxtyping import install_import_hook
 
 # Before anything of saefeat is imported, so that each annotated shape is checked as it runs.
 install_import_hook("saefeat", "shape_checker.check")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture

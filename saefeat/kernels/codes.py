@@ -36,15 +36,17 @@ class SparsityPattern:
 
     @classmethod
     def from_mask(cls, mask: Bool[Tensor, "n d_sae"]) -> "SparsityPattern":
-        """The entries where `mask` holds."""
+        """The entries where `mask` holds. On CUDA this waits for the device, to count them."""
         rows, latents = mask.nonzero(as_tuple=True)
-        return cls(_offsets(rows, len(mask)), latents, mask.shape[1])
+        return cls(offsets_of(_counts(rows, len(mask))), latents, mask.shape[1])
 
     def where(self, kept: Bool[Tensor, " nnz"]) -> "SparsityPattern":
-        """The pattern of those entries for which `kept` holds, in the same order."""
-        return SparsityPattern(
-            _offsets(self.rows[kept], self.n_rows), self.latents[kept], self.d_sae
-        )
+        """The pattern of those entries for which `kept` holds, in the same order.
+
+        On CUDA this waits for the device, to count them.
+        """
+        counts = _counts(self.rows, self.n_rows, kept)
+        return SparsityPattern(offsets_of(counts), self.latents[kept], self.d_sae)
 
     @property
     def n_rows(self) -> int:
@@ -61,10 +63,9 @@ class SparsityPattern:
     def by_latent(self) -> tuple[Int[Tensor, " d_sae_plus_1"], Int[Tensor, " nnz"]]:
         """`(offsets, order)`: entry numbers sorted by latent, and where each latent's begin."""
         # Stable, so that the order of additions, and with it the last bit, is the same each run.
-        _, order = torch.sort(self.latents, stable=True)
-        offsets = self.latents.new_zeros(self.d_sae + 1)
-        torch.cumsum(torch.bincount(self.latents, minlength=self.d_sae), 0, out=offsets[1:])
-        return offsets, order
+        # Of 32 bits, because they are sorted in half the time.
+        order = torch.sort(self.latents.int(), stable=True).indices
+        return offsets_of(_counts(self.latents, self.d_sae)), order
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +116,22 @@ class Codes:
 
     def firing_counts(self) -> Int[Tensor, " d_sae"]:
         """In how many rows each latent is above zero."""
-        return torch.bincount(self.latents[self.values > 0], minlength=self.d_sae)
+        return _counts(self.latents, self.d_sae, self.values > 0)
 
     def row_counts(self) -> Int[Tensor, " n"]:
         """How many latents are above zero in each row."""
-        return torch.bincount(self.pattern.rows[self.values > 0], minlength=self.n_rows)
+        return _counts(self.pattern.rows, self.n_rows, self.values > 0)
 
 
-def _offsets(rows: Int[Tensor, " nnz"], n_rows: int) -> Int[Tensor, " n_plus_1"]:
-    """Where each row's entries begin, given the row of every entry in ascending order."""
-    offsets = rows.new_zeros(n_rows + 1)
-    torch.cumsum(torch.bincount(rows, minlength=n_rows), 0, out=offsets[1:])
-    return offsets
+def offsets_of(counts: Int[Tensor, " n"]) -> Int[Tensor, " n_plus_1"]:
+    """Where each row's entries begin, and where the last one's end, given how many each has."""
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+
+
+def _counts(
+    numbers: Int[Tensor, " nnz"], n: int, counted: Bool[Tensor, " nnz"] | None = None
+) -> Int[Tensor, " n"]:
+    """How many of the entries, or of those `counted`, have each of n numbers."""
+    # Not bincount, nor a mask as index: on CUDA those wait for the device.
+    ones = torch.ones_like(numbers) if counted is None else counted.to(numbers.dtype)
+    return numbers.new_zeros(n).scatter_add_(0, numbers, ones)

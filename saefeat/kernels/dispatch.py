@@ -1,5 +1,6 @@
 """Which kernels run: decided once, by device and by what is installed, and written down."""
 
+import os
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Protocol, runtime_checkable
@@ -61,7 +62,7 @@ class Kernels(Protocol):
     ) -> Codes: ...
 
 
-BACKENDS = ("eager", "stock", "cpu")
+BACKENDS = ("eager", "stock", "cpu", "triton")
 """Modules of this room that implement `Kernels`, the plainest first."""
 
 
@@ -82,7 +83,8 @@ def choose_kernels(name: str, device: torch.device) -> tuple[str, Kernels]:
     """
     reasons = {backend: _why_not(backend, device) for backend in BACKENDS}
     if name == "auto":
-        name = [backend for backend, reason in reasons.items() if reason is None][-1]
+        able = [backend for backend, reason in reasons.items() if reason is None]
+        name = [backend for backend in able if not _is_interpreted(backend)][-1]
     if name not in BACKENDS:
         raise ValueError(f"kernels must be 'auto' or one of {list(BACKENDS)}, got {name!r}.")
     if reasons[name] is not None:
@@ -96,7 +98,19 @@ def _why_not(name: str, device: torch.device) -> str | None:
         return f"it is for processors, and the device is {device}."
     if name == "cpu" and find_spec("numba") is None:
         return "it needs numba. Run: pip install numba"
+    if name == "triton" and find_spec("triton") is None:
+        return "it needs the package triton. Run: pip install triton"
+    if name == "triton" and device.type != "cuda" and not _is_interpreted(name):
+        return (
+            f"it is for CUDA devices, and the device is {device}. Pass kernels='auto', or, to test "
+            "it on a processor, set the environment variable TRITON_INTERPRET=1 beforehand."
+        )
     # sampled_addmm on a processor is MKL's.
     if name in ("stock", "cpu") and device.type != "cuda" and not torch.backends.mkl.is_available():
         return "this build of torch has no MKL. Pass kernels='eager' (slower, same results)."
     return None
+
+
+def _is_interpreted(name: str) -> bool:
+    """Whether the backend's programs would be interpreted: for tests, and very slow."""
+    return name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
