@@ -148,7 +148,6 @@ def test_encode_and_errors_pass_gradcheck(backend, generator):
     shapes = ((6, 3), (6,), (3,), (6, 3), (len(pattern.latents),))
     encoder, b_enc, b_dec, decoder, values = (weight(generator, *shape) for shape in shapes)
 
-
     def encode(encoder, b_enc, b_dec):
         return sparse_encode(backend, pattern, x, encoder, b_enc, b_dec)
 

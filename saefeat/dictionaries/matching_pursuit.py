@@ -106,6 +106,4 @@ class MatchingPursuit(Dictionary):
             context.kernels, [codes], [1.0], target, self.W_dec, self.b_dec
         )
         total = error / context.variance
-        return StepLoss(
-            total=total, terms={"fvu": total.detach()}, codes=codes, residual=residual
-        )
+        return StepLoss(total=total, terms={"fvu": total.detach()}, codes=codes, residual=residual)

@@ -55,9 +55,7 @@ def squared_errors(
     return _SquaredErrors.apply(kernels, patterns, weights, target, decoder, b_dec, *values)  # type: ignore[no-any-return]
 
 
-def rows_of(
-    weight: Float[Tensor, "d_sae d"], latents: Int[Tensor, " m"]
-) -> Float[Tensor, "m d"]:
+def rows_of(weight: Float[Tensor, "d_sae d"], latents: Int[Tensor, " m"]) -> Float[Tensor, "m d"]:
     """`weight[latents]`, for latents without repeats."""
     return _Rows.apply(weight, latents)  # type: ignore[no-any-return]
 
@@ -120,20 +118,20 @@ class _SquaredErrors(torch.autograd.Function):
         values, residuals = saved[:n_blocks], saved[n_blocks:]
         scale = -2 * gradients[0]
         value_gradients: list[Tensor | None] = [None] * n_blocks
-        decoder_gradient = mixed = None
+        decoder_gradient: Tensor | None = None
+        last = ctx.weights[-1]
+        mixed = residuals[-1] if last == 1 else last * residuals[-1]
         # A block is in the residuals from its own to the last.
         for m in reversed(range(n_blocks)):
-            weight = ctx.weights[m]
-            if mixed is None:
-                mixed = residuals[m] if weight == 1 else weight * residuals[m]
-            else:
-                mixed.add_(residuals[m], alpha=weight)
+            if m < n_blocks - 1:
+                mixed = torch.add(mixed, residuals[m], alpha=ctx.weights[m])
             pattern = ctx.patterns[m]
             if ctx.needs_input_grad[6 + m]:
                 value_gradients[m] = scale * ctx.kernels.sampled_product(pattern, mixed, decoder)
             if ctx.needs_input_grad[4]:
                 part = _add_to(decoder, ctx.kernels, pattern, scale * values[m], mixed)
-                decoder_gradient = part if decoder_gradient is None else decoder_gradient + part
+                if part is not None:
+                    decoder_gradient = part if decoder_gradient is None else decoder_gradient + part
         b_dec_gradient = scale * mixed.sum(0) if ctx.needs_input_grad[5] else None
         return None, None, None, None, decoder_gradient, b_dec_gradient, *value_gradients
 

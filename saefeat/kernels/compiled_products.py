@@ -74,9 +74,7 @@ def _array(tensor: Tensor) -> Any:
 
 
 @compiled
-def _dots(
-    low: int, high: int, offsets: Any, latents: Any, left: Any, right: Any, out: Any
-) -> None:
+def _dots(low: int, high: int, offsets: Any, latents: Any, left: Any, right: Any, out: Any) -> None:
     zero = left.dtype.type(0)
     d = left.shape[1]
     for row in range(low, high):

@@ -113,7 +113,7 @@ class BankLearner:
         self._check_activations()
         self._check_losses()
         bank = {}
-        for hook_name, learners in self.learners.items():
+        for learners in self.learners.values():
             for key, learner in learners.items():
                 dictionary = learner.dictionary
                 n_tokens = dictionary.origin.n_tokens + self.n_tokens_seen
@@ -137,9 +137,7 @@ class BankLearner:
             centred = x - mean
         for group in groups([one.d_sae for _, one in encoded], len(x)):
             keys, dictionaries = zip(*encoded[group], strict=True) if encoded else ((), ())
-            scores = shared_scores(
-                dictionaries, centred, mean, self.selection_dtype, self.scratch
-            )
+            scores = shared_scores(dictionaries, centred, mean, self.selection_dtype, self.scratch)
             yield from zip(keys, scores, strict=True)
 
     def _factors(self, key: Key) -> tuple[float, float]:

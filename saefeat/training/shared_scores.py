@@ -64,7 +64,7 @@ def shared_scores(
         encoder.copy_(one.encoder)
         shift = mean if one.input_bias is None else mean - one.input_bias
         bias.copy_(torch.addmv(one.b_enc, one.encoder, shift))
-    rows = scratch("rows", *centred.shape, dtype).copy_(centred)
+    rows = scratch("rows", len(centred), centred.shape[1], dtype).copy_(centred)
     scores = scratch("scores", len(rows), sum(widths), dtype)
     torch.addmm(biases, rows, encoders.T, out=scores)
     return list(scores.split(widths, dim=1))
