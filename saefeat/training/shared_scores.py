@@ -78,4 +78,5 @@ def groups(widths: Sequence[int], n_rows: int) -> Iterator[slice]:
             yield slice(start, index)
             start, total = index, 0
         total += width
-    yield slice(start, len(widths))
+    if widths:
+        yield slice(start, len(widths))
