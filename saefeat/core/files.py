@@ -1,9 +1,12 @@
 """Files that are whole or absent: every write is atomic and every read is checked."""
 
+import hashlib
 import json
 import os
+import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +91,54 @@ def check_unclaimed(folder: str | Path, what: str = "run") -> None:
             f"{folder} already holds files, and a {what} never overwrites anything. "
             "Choose another folder, or delete this one."
         )
+
+
+@contextmanager
+def temporary_folder(path: str | Path) -> Iterator[Path]:
+    """A hidden folder beside `path`, to be filled and then given to `publish_folder`.
+
+    It is gone afterwards, whatever happened, unless it was published; so are those that a killed
+    process left of the same place.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*"):
+        shutil.rmtree(left)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    draft.mkdir()
+    try:
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def publish_folder(draft: Path, path: str | Path) -> None:
+    """Give a folder that is on disk as a whole its name, in the place of an older one."""
+    path = Path(path)
+    for folder in (draft, *(inner for inner in draft.rglob("*") if inner.is_dir())):
+        _sync(folder)
+    if path.exists():
+        shutil.rmtree(path)
+    draft.rename(path)
+    _sync(path.parent)
+
+
+def hash_file(path: str | Path) -> str:
+    """BLAKE2b of a file, 32 bytes in hexadecimal, read a piece at a time."""
+    digest = hashlib.blake2b(digest_size=32)
+    with Path(path).open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder on disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

@@ -48,8 +48,8 @@ class Bank(Mapping[Key, Dictionary]):
 
     def save(self, folder: str | Path) -> Path:
         """Write every dictionary to `folder/<hook_name>/x<expansion_factor>-seed<seed>/`."""
-        for (hook_name, expansion_factor, seed), dictionary in self.items():
-            dictionary.save(Path(folder) / hook_name / f"x{expansion_factor:g}-seed{seed}")
+        for key, dictionary in self.items():
+            dictionary.save(dictionary_folder(Path(folder), key))
         return Path(folder)
 
     @classmethod
@@ -74,3 +74,9 @@ class Bank(Mapping[Key, Dictionary]):
                 for one in loaded
             }
         )
+
+
+def dictionary_folder(saes: Path, key: Key) -> Path:
+    """Where the `saes` folder of a run holds a dictionary."""
+    hook_name, expansion_factor, seed = key
+    return saes / hook_name / f"x{expansion_factor:g}-seed{seed}"

@@ -1,5 +1,6 @@
 """A whole bank while it learns: one batch in, one step of every dictionary."""
 
+import copy
 import zlib
 from collections.abc import Iterator, Mapping
 
@@ -112,16 +113,63 @@ class BankLearner:
         """Fold the scales in and hand the dictionaries out, on the processor, ready for use."""
         self._check_activations()
         self._check_losses()
-        bank = {}
-        for learners in self.learners.values():
-            for key, learner in learners.items():
-                dictionary = learner.dictionary
-                n_tokens = dictionary.origin.n_tokens + self.n_tokens_seen
-                dictionary.with_origin(n_tokens=n_tokens)
-                dictionary.fold_scale(*self._factors(key))
-                dictionary.zero_grad()  # the buffers of the run
-                bank[key] = dictionary.requires_grad_(False).to("cpu")
-        return Bank(bank)
+        return Bank({key: self._folded(key, one.dictionary) for key, one in self._all().items()})
+
+    def snapshots(self) -> Iterator[tuple[Key, Dictionary]]:
+        """What `finish` would give now, one copy after the other, the training left as it is."""
+        self._check_activations()
+        self._check_losses()
+        for key, learner in self._all().items():
+            yield key, self._folded(key, copy.deepcopy(learner.dictionary))
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next step depends on, but for the batch, as tensors."""
+        state = {
+            "step_number": torch.tensor(self.step_number),
+            "n_tokens_seen": torch.tensor(self.n_tokens_seen),
+        }
+        for hook_name, scale in self.scales.items():
+            state[f"scale.{hook_name}"] = scale.norm_sum
+        for number, (key, learner) in enumerate(self._all().items()):
+            state[f"{number}.loss_sum"] = torch.as_tensor(self.loss_sums[key])
+            for name, tensor in learner.state().items():
+                state[f"{number}.{name}"] = tensor
+        return state
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave.
+
+        Raises:
+            ValueError: A tensor is missing, or of another shape.
+        """
+        try:
+            self.step_number = int(state["step_number"])
+            self.n_tokens_seen = int(state["n_tokens_seen"])
+            for hook_name, scale in self.scales.items():
+                scale.norm_sum.copy_(state[f"scale.{hook_name}"])
+                scale.n_rows = self.n_tokens_seen
+            for number, (key, learner) in enumerate(self._all().items()):
+                prefix = f"{number}."
+                self.loss_sums[key] = state[f"{prefix}loss_sum"].to(self.device)
+                learner.restore(
+                    {
+                        name.removeprefix(prefix): tensor
+                        for name, tensor in state.items()
+                        if name.startswith(prefix)
+                    }
+                )
+        except KeyError as error:
+            raise ValueError(f"it lacks the tensor {error}") from error
+
+    def _all(self) -> dict[Key, Learner]:
+        return {key: one for learners in self.learners.values() for key, one in learners.items()}
+
+    def _folded(self, key: Key, dictionary: Dictionary) -> Dictionary:
+        """The dictionary, changed into one that reads raw activations."""
+        dictionary.with_origin(n_tokens=dictionary.origin.n_tokens + self.n_tokens_seen)
+        dictionary.fold_scale(*self._factors(key))
+        dictionary.zero_grad()  # the buffers of the run
+        return dictionary.requires_grad_(False).to("cpu")
 
     def _scores(
         self, hook_name: str, x: Float[Tensor, "n d_in"], mean: Float[Tensor, " d_in"]

@@ -1,5 +1,7 @@
 """One dictionary while it learns: its optimizer, its schedule and its dead latents."""
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -108,6 +110,40 @@ class Learner:
             "learning_rate": learning_rate,
         }
 
+    def state(self) -> dict[str, Tensor]:
+        """All that the next step depends on, as tensors that share memory with it."""
+        state = {f"dictionary.{name}": one for name, one in self.dictionary.state_dict().items()}
+        for name, parameter in self.dictionary.named_parameters():
+            for moment, value in self.optimizer.state[parameter].items():
+                state[f"adam.{moment}.{name}"] = value
+        state["tokens_since_fired"] = self.dead.tokens_since_fired
+        state["dead_latents"] = self.dead_latents
+        state["generator"] = self.generator.get_state()
+        return state
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave.
+
+        Raises:
+            ValueError: A tensor is missing, or of another shape.
+        """
+        try:
+            for name, own in self.dictionary.state_dict().items():
+                _copy_whole(own, state[f"dictionary.{name}"])
+            for name, parameter in self.dictionary.named_parameters():
+                moments = {"step": torch.zeros((), device=parameter.device)}
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    moments[moment] = torch.zeros_like(parameter)
+                for moment, value in moments.items():
+                    _copy_whole(value, state[f"adam.{moment}.{name}"])
+                self.optimizer.state[parameter] = moments
+            _copy_whole(self.dead.tokens_since_fired, state["tokens_since_fired"])
+            self.dead_latents = state["dead_latents"].to(self.dead_latents.device)
+            self.generator.set_state(state["generator"])
+        except KeyError as error:
+            raise ValueError(f"it lacks the tensor {error}") from error
+
     def _restart_is_due(self, step: int, n_rows: int) -> bool:
         """Once every patience, while enough of the run is left to learn in."""
         period = max(1, self.dead.patience // n_rows)
@@ -133,3 +169,9 @@ class Learner:
                 for moment in ("exp_avg", "exp_avg_sq"):
                     self.optimizer.state[parameter][moment][dead] = 0.0
         self.dead.tokens_since_fired[dead] = 0
+
+
+def _copy_whole(own: Tensor, saved: Tensor) -> None:
+    if own.shape != saved.shape:
+        raise ValueError(f"it has {list(saved.shape)} where {list(own.shape)} was expected")
+    own.copy_(saved)
