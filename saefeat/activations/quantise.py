@@ -29,8 +29,6 @@ def quantise(rows: Float[Tensor, "n d"]) -> tuple[Int8[Tensor, "n d"], Float[Ten
     return steps.round_().clamp_(-LEVELS, LEVELS).to(torch.int8), scales
 
 
-def dequantise(
-    quantised: Int8[Tensor, "n d"], scales: Float[Tensor, " n"]
-) -> Float[Tensor, "n d"]:
+def dequantise(quantised: Int8[Tensor, "n d"], scales: Float[Tensor, " n"]) -> Float[Tensor, "n d"]:
     """The rows again, in float32."""
     return quantised.float().mul_(scales[:, None])

@@ -1,8 +1,8 @@
 """The tensors of shards: mapped into memory where they lie here, fetched by block where not."""
 
 import os
-import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from saefeat.activations.store_index import DTYPES, StoredFile, StoreIndex
+from saefeat.activations.store_index import StoredFile, StoreIndex
 from saefeat.core.files import TensorPlace, read_tensor_places
 from saefeat.core.folders import Folder, LocalFolder
 
@@ -24,8 +24,20 @@ TORCH_DTYPES = {
 }
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Blocks:
+    """Which rows each block has."""
+
+    shard: Numbers
+    """The shard that it lies in."""
+    start: Numbers
+    """Its first row there."""
+    size: Numbers
+    """How many rows it has."""
+
+
 class Shards:
-    """The shards of a store, each one's header checked before its first use.
+    """Shards of a store, the header of each checked before its first use.
 
     A *piece* is what a tensor of rows can be had of at once; `piece` and `offset` say of each
     block which piece it lies in, and from which row on.
@@ -39,15 +51,15 @@ class Shards:
         folder: Folder,
         index: StoreIndex,
         shards: Sequence[StoredFile],
-        shard: Numbers,
-        start: Numbers,
-        size: Numbers,
+        columns: Sequence[str],
+        blocks: Blocks,
     ) -> None:
-        """The last three say of each block its shard, its first row there, and its rows."""
+        """`columns` are those tensors of a shard that are read."""
         self._folder = folder
         self._index = index
         self._shards = shards
-        self._shard, self._start, self._size = shard, start, size
+        self._columns = columns
+        self._blocks = blocks
         self._places: dict[int, dict[str, TensorPlace]] = {}
 
     def prepare(self, blocks: Numbers, ahead: Numbers) -> None:
@@ -64,6 +76,20 @@ class Shards:
             self._places[shard] = self._checked(self._shards[shard])
         return self._places[shard]
 
+    def _spans(self, blocks: Numbers) -> dict[int, list[tuple[int, str, int, int]]]:
+        """By shard: block, column, and first and last byte of the one in the other."""
+        spans: dict[int, list[tuple[int, str, int, int]]] = {}
+        for block in blocks.tolist():
+            shard = int(self._blocks.shard[block])
+            first, size = int(self._blocks.start[block]), int(self._blocks.size[block])
+            for column in self._columns:
+                place = self.places(shard)[column]
+                row_bytes = (place.stop - place.start) // place.shape[0]
+                start = place.start + first * row_bytes
+                span = (block, column, start, start + size * row_bytes)
+                spans.setdefault(shard, []).append(span)
+        return spans
+
     def _checked(self, shard: StoredFile) -> dict[str, TensorPlace]:
         name = f"{self._folder}/{shard.file}"
 
@@ -71,19 +97,10 @@ class Shards:
             return self._folder.read_ranges(shard.file, [(start, stop)])[0]
 
         places = read_tensor_places(read, shard.n_bytes, name)
-        n, dtype = shard.n_rows, DTYPES[self._index.dtype]
-        expected: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for hook, width in self._index.widths.items():
-            expected[hook] = (dtype, (n, width))
-            if dtype == "I8":
-                expected[f"scales/{hook}"] = ("F32", (n,))
-        if self._index.has_tokens:
-            expected |= {key: ("I32", (n,)) for key in ("token_ids", "positions")}
+        expected = self._index.columns(shard.n_rows)
         found = {key: (place.dtype, place.shape) for key, place in places.items()}
         if found != expected:
-            wrong = next(
-                key for key in [*expected, *found] if found.get(key) != expected.get(key)
-            )
+            wrong = next(key for key in [*expected, *found] if found.get(key) != expected.get(key))
             raise ValueError(
                 f"{name} holds {found.get(wrong, 'nothing')} as {wrong!r}, where the index "
                 f"promises {expected.get(wrong, 'nothing')}; it is damaged, or of another store."
@@ -99,33 +116,23 @@ class MappedShards(Shards):
         folder: LocalFolder,
         index: StoreIndex,
         shards: Sequence[StoredFile],
-        shard: Numbers,
-        start: Numbers,
-        size: Numbers,
+        columns: Sequence[str],
+        blocks: Blocks,
     ) -> None:
-        super().__init__(folder, index, shards, shard, start, size)
-        self.piece, self.offset = shard, start
+        super().__init__(folder, index, shards, columns, blocks)
+        self.piece, self.offset = blocks.shard, blocks.start
         self._path = folder.path
         self._tensors: dict[int, dict[str, Tensor]] = {}
 
     def prepare(self, blocks: Numbers, ahead: Numbers) -> None:
-        # Only a hint: the kernel starts to read what comes next, if it is not in memory yet.
+        # Only a hint: the kernel begins to read what comes next, if it is not in memory yet.
         if not hasattr(os, "posix_fadvise"):
             return
-        for shard in np.unique(self._shard[ahead]):
-            of_shard = ahead[self._shard[ahead] == shard]
+        for shard, spans in self._spans(ahead).items():
             file = os.open(self._path / self._shards[shard].file, os.O_RDONLY)
             try:
-                for name in self._tensors.get(int(shard), {}):
-                    place = self.places(int(shard))[name]
-                    row_bytes = (place.stop - place.start) // place.shape[0]
-                    for block in of_shard:
-                        os.posix_fadvise(
-                            file,
-                            place.start + int(self._start[block]) * row_bytes,
-                            int(self._size[block]) * row_bytes,
-                            os.POSIX_FADV_WILLNEED,
-                        )
+                for _, _, start, stop in spans:
+                    os.posix_fadvise(file, start, stop - start, os.POSIX_FADV_WILLNEED)
             finally:
                 os.close(file)
 
@@ -139,46 +146,31 @@ class MappedShards(Shards):
 
 
 class FetchedBlocks(Shards):
-    """Shards at a URL; a piece is a block, and the blocks of one window are held."""
+    """Shards at a URL; a piece is a block, and the blocks prepared last are held."""
 
     def __init__(
         self,
         folder: Folder,
         index: StoreIndex,
         shards: Sequence[StoredFile],
-        shard: Numbers,
-        start: Numbers,
-        size: Numbers,
+        columns: Sequence[str],
+        blocks: Blocks,
     ) -> None:
-        super().__init__(folder, index, shards, shard, start, size)
-        self.piece = np.arange(len(shard))
-        self.offset = np.zeros(len(shard), dtype=np.int64)
-        self._lock = threading.Lock()
+        super().__init__(folder, index, shards, columns, blocks)
+        self.piece = np.arange(len(blocks.shard))
+        self.offset = np.zeros(len(blocks.shard), dtype=np.int64)
         self._held: dict[tuple[int, str], Tensor] = {}
-        self._wanted: Numbers = self.piece[:0]
 
     def prepare(self, blocks: Numbers, ahead: Numbers) -> None:
         self._held = {}
-        self._wanted = blocks
-
-    def column(self, piece: int, name: str) -> Tensor:
-        if (piece, name) not in self._held:
-            self._fetch(name)
-        return self._held[piece, name]
-
-    def _fetch(self, name: str) -> None:
-        """One column of all blocks of the window, with one request a shard."""
-        for shard in np.unique(self._shard[self._wanted]):
-            of_shard = self._wanted[self._shard[self._wanted] == shard]
-            place = self.places(int(shard))[name]
-            row_bytes = (place.stop - place.start) // place.shape[0]
-            starts = [place.start + int(self._start[block]) * row_bytes for block in of_shard]
-            ranges = [
-                (first, first + int(self._size[block]) * row_bytes)
-                for first, block in zip(starts, of_shard, strict=True)
-            ]
-            found = self._folder.read_ranges(self._shards[int(shard)].file, ranges)
-            for block, data in zip(of_shard, found, strict=True):
+        for shard, spans in self._spans(blocks).items():
+            name = self._shards[shard].file
+            found = self._folder.read_ranges(name, [(start, stop) for *_, start, stop in spans])
+            for (block, column, _, _), data in zip(spans, found, strict=True):
+                place = self.places(shard)[column]
                 # frombuffer wants memory that can be written.
                 values = torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[place.dtype])
-                self._held[int(block), name] = values.view(-1, *place.shape[1:])
+                self._held[block, column] = values.view(-1, *place.shape[1:])
+
+    def column(self, piece: int, name: str) -> Tensor:
+        return self._held[piece, name]

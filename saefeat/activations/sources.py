@@ -50,13 +50,13 @@ class Source(Protocol):
     """Most rows that all items together can give."""
     chunk_rows: int
     """Most rows in a chunk."""
+    has_tokens: bool
+    """Whether each row is that of a token, at a position of a context."""
 
-    def chunks(
-        self, order: Order, left_out: LeftOut, with_tokens: bool = False
-    ) -> Iterator[Chunk]:
+    def chunks(self, order: Order, left_out: LeftOut, with_tokens: bool = False) -> Iterator[Chunk]:
         """The rows of the items `order` numbers, in that order; counts into `left_out`.
 
-        `with_tokens` adds `token_ids` and `positions`, int32 [m], where there are tokens.
+        `with_tokens` adds `token_ids` and `positions`, int32 [m], if it has tokens.
         """
         ...
 
@@ -88,12 +88,11 @@ class TensorSource:
         """`rows` numbers those rows of `tensors` that belong to this source."""
         self.n_items = self.n_rows = len(rows)
         self.chunk_rows = chunk_rows
+        self.has_tokens = False
         self._tensors = tensors
         self._rows = rows
 
-    def chunks(
-        self, order: Order, left_out: LeftOut, with_tokens: bool = False
-    ) -> Iterator[Chunk]:
+    def chunks(self, order: Order, left_out: LeftOut, with_tokens: bool = False) -> Iterator[Chunk]:
         for items in torch.from_numpy(order).split(self.chunk_rows):
             rows = self._rows[items]
             chunk = {
@@ -124,15 +123,14 @@ class ModelSource:
         self.n_items = len(contexts)
         self.n_rows = int(tokens.counts[contexts.start : contexts.stop].sum())
         self.chunk_rows = contexts_per_forward * tokens.context_size
+        self.has_tokens = True
         self._reader = reader
         self._tokens = tokens
         self._contexts = torch.arange(contexts.start, contexts.stop)
         self._contexts_per_forward = contexts_per_forward
         self._max_norm_ratio = max_norm_ratio
 
-    def chunks(
-        self, order: Order, left_out: LeftOut, with_tokens: bool = False
-    ) -> Iterator[Chunk]:
+    def chunks(self, order: Order, left_out: LeftOut, with_tokens: bool = False) -> Iterator[Chunk]:
         hooks = self._reader.hooks
         rule = None if self._max_norm_ratio is None else OutlierRule(self._max_norm_ratio)
         for items in torch.from_numpy(order).split(self._contexts_per_forward):

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
 
-import saefeat
+from saefeat.activations.sources import POSITIONS, TOKEN_IDS
 from saefeat.core.folders import Folder
 
 INDEX_NAME = "index.json"
@@ -16,6 +16,9 @@ FORMAT_VERSION = 1
 TRAIN, HELD_OUT = "train", "held_out"
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
 """What rows can be stored as, and what safetensors calls it."""
+
+SCALES = "scales/"
+"""Before a hook's name: its scales in an int8 shard, one for each row."""
 
 _SHARD_NAME = re.compile(r"shard-\d{5,9}\.safetensors")
 _CONTEXTS_NAME = re.compile(r"held-out-contexts-\d{5,9}\.safetensors")
@@ -114,6 +117,17 @@ class StoreIndex:
         scales = 4 * len(self.hooks) if self.dtype == "int8" else 0
         return size * sum(self.widths.values()) + scales + 8 * self.has_tokens
 
+    def columns(self, n_rows: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The tensors of a shard: for each the dtype, as safetensors names it, and the shape."""
+        columns: dict[str, tuple[str, tuple[int, ...]]] = {
+            hook: (DTYPES[self.dtype], (n_rows, width)) for hook, width in self.widths.items()
+        }
+        if self.dtype == "int8":
+            columns |= {SCALES + hook: ("F32", (n_rows,)) for hook in self.hooks}
+        if self.has_tokens:
+            columns |= dict.fromkeys((TOKEN_IDS, POSITIONS), ("I32", (n_rows,)))
+        return columns
+
     @property
     def files(self) -> list[StoredFile]:
         """Everything that must be there."""
@@ -128,7 +142,7 @@ def encode_index(index: StoreIndex) -> bytes:
     head = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "saefeat_version": saefeat.__version__,
+        "saefeat_version": metadata.version("saefeat"),
     }
     return (json.dumps(head | asdict(index), indent=1, allow_nan=False) + "\n").encode()
 
@@ -156,12 +170,12 @@ def read_index(folder: Folder) -> StoreIndex:
     if value.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{where} has format version {value.get('format_version')!r}, and this saefeat "
-            f"({saefeat.__version__}) reads version {FORMAT_VERSION}. It was written by saefeat "
+            f"({metadata.version('saefeat')}) reads version {FORMAT_VERSION}. It was written by saefeat "
             f"{value.get('saefeat_version')!r}: use that, or write the store anew."
         )
     try:
         return _decode(value)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{where} is damaged: {error!r}.") from None
 
 

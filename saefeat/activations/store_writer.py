@@ -16,6 +16,7 @@ from saefeat.activations.quantise import quantise
 from saefeat.activations.sources import POSITIONS, TOKEN_IDS, Chunk
 from saefeat.activations.store_index import (
     INDEX_NAME,
+    SCALES,
     TRAIN,
     StoredFile,
     StoreIndex,
@@ -24,10 +25,7 @@ from saefeat.activations.store_index import (
 )
 from saefeat.activations.tokens import Tokens
 from saefeat.core.folders import LocalFolder, RemoteFolder
-from saefeat.core.locks import LOCK_NAME, WriterLock
-
-SCALES = "scales/"
-"""Before a hook's name: its scales in an int8 shard."""
+from saefeat.core.locks import WriterLock
 
 _LEFTOVER = re.compile(
     r"(shard-\d+|held-out-contexts-\d+)\.safetensors"
@@ -139,7 +137,7 @@ class StoreWriter:
 
 def is_only_leftovers(names: list[str]) -> bool:
     """Whether a folder without an index holds nothing but what a killed writer leaves."""
-    return all(name == LOCK_NAME or _LEFTOVER.fullmatch(name) for name in names)
+    return all(_LEFTOVER.fullmatch(name) for name in names)
 
 
 def encode_rows(rows: Mapping[str, Tensor], index: StoreIndex) -> Chunk:

@@ -76,6 +76,7 @@ class ActivationStream:
             raise ValueError("There are no rows to train on: no position of the text counts.")
         self.hooks: list[str] = list(example)
         self.widths: dict[str, int] = {hook: x.shape[-1] for hook, x in example.items()}
+        self.dtypes: dict[str, torch.dtype] = {hook: x.dtype for hook, x in example.items()}
         self.batch_size = batch_size
         self.buffer_rows = max(batch_size, min(buffer_rows, source.n_rows))
         self.seed = seed
@@ -289,6 +290,11 @@ class ActivationStream:
     def n_held_out_rows(self) -> int:
         """Held-out rows, at most."""
         return 0 if self._held_out_source is None else self._held_out_source.n_rows
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether each row is that of a token, at a position of a context."""
+        return self._source.has_tokens
 
     def __iter__(self) -> Iterator[Batch]:
         """One epoch of training batches; the last one may be smaller."""

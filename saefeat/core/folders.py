@@ -7,11 +7,12 @@ Files are written whole: on this machine by a rename, elsewhere by one upload, w
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from saefeat.core.files import write_bytes
 
 
+@runtime_checkable
 class Folder(Protocol):
     """What a store needs of the place that it lies in."""
 
