@@ -126,15 +126,32 @@ class MappedShards(Shards):
 
     def prepare(self, blocks: Numbers, ahead: Numbers) -> None:
         # Only a hint: the kernel begins to read what comes next, if it is not in memory yet.
-        if not hasattr(os, "posix_fadvise"):
+        if not hasattr(os, "posix_fadvise") or self._is_cached(ahead):
             return
         for shard, spans in self._spans(ahead).items():
-            file = os.open(self._path / self._shards[shard].file, os.O_RDONLY)
+            file = self._open(shard)
             try:
                 for _, _, start, stop in spans:
                     os.posix_fadvise(file, start, stop - start, os.POSIX_FADV_WILLNEED)
             finally:
                 os.close(file)
+
+    def _is_cached(self, blocks: Numbers) -> bool:
+        """Whether the page cache holds some blocks, judged by the last, which it would get last."""
+        if len(blocks) == 0 or not hasattr(os, "RWF_NOWAIT"):
+            return len(blocks) == 0
+        for shard, spans in self._spans(blocks[-1:]).items():
+            file = self._open(shard)
+            try:
+                return os.preadv(file, [bytearray(1)], spans[0][3] - 1, os.RWF_NOWAIT) == 1
+            except OSError:
+                return False
+            finally:
+                os.close(file)
+        return False
+
+    def _open(self, shard: int) -> int:
+        return os.open(self._path / self._shards[shard].file, os.O_RDONLY)
 
     def column(self, piece: int, name: str) -> Tensor:
         tensors = self._tensors.setdefault(piece, {})
@@ -162,8 +179,10 @@ class FetchedBlocks(Shards):
         self._held: dict[tuple[int, str], Tensor] = {}
 
     def prepare(self, blocks: Numbers, ahead: Numbers) -> None:
-        self._held = {}
-        for shard, spans in self._spans(blocks).items():
+        wanted = set(blocks.tolist())
+        self._held = {key: x for key, x in self._held.items() if key[0] in wanted}
+        missing = wanted - {block for block, _ in self._held}
+        for shard, spans in self._spans(np.array(sorted(missing), dtype=np.int64)).items():
             name = self._shards[shard].file
             found = self._folder.read_ranges(name, [(start, stop) for *_, start, stop in spans])
             for (block, column, _, _), data in zip(spans, found, strict=True):

@@ -1,39 +1,35 @@
 """Activations on disk: written once, read as often as dictionaries are trained on them."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from saefeat.activations.sources import POSITIONS, TOKEN_IDS
+from saefeat.activations.store_claim import (
+    check_first_rows,
+    check_options,
+    check_same_kind,
+    check_same_stream,
+    existing_index,
+    new_index,
+)
 from saefeat.activations.store_index import (
-    DTYPES,
     HELD_OUT,
-    INDEX_NAME,
-    SCALES,
     TRAIN,
     StoredRun,
-    StoreIndex,
     find_damage,
     read_index,
 )
-from saefeat.activations.store_reader import first_rows
-from saefeat.activations.store_writer import StoreWriter, encode_rows, is_only_leftovers
+from saefeat.activations.store_writer import StoreWriter
 from saefeat.activations.stream import ActivationStream, Batch
 from saefeat.activations.tokens import Tokens
 from saefeat.core.folders import LocalFolder, RemoteFolder, open_folder
-from saefeat.core.locks import LOCK_NAME, WriterLock
+from saefeat.core.locks import WriterLock
 
 SHARD_BYTES = 128 * 2**20
 """Size of a shard, unless told otherwise: three of them are the memory that writing takes."""
-BLOCK_BYTES = 256 * 1024
-"""Neighbouring rows of the widest hook that are read together: a disk seeks once for them."""
-
-
-_ADVICE = "Resume with the same stream, or add this one with append=True."
 
 
 class ActivationStore:
@@ -142,9 +138,8 @@ def cache_activations(
             or, with `resume`, of another stream.
         OSError: The disk is full, or failed. The message says how many rows are safe.
     """
-    _check_options(stream, n_tokens, held_out_tokens, dtype, rows_per_shard, resume, append)
+    check_options(stream, n_tokens, held_out_tokens, dtype, rows_per_shard, resume, append)
     place = open_folder(folder, storage_options)
-    new = _new_index(stream, dtype)
     run = StoredRun(
         seed=stream.seed,
         batch_size=stream.batch_size,
@@ -154,22 +149,21 @@ def cache_activations(
         is_shuffled=shuffle,
         n_tokens=n_tokens,
     )
+    is_welcome = resume or append
     # Refused before the folder is made, or touched.
-    _existing_index(place, resume or append)
+    index = existing_index(place, is_welcome)
+    new = new_index(stream, dtype or (index.dtype if index else None), shuffle)
     with WriterLock(place) as lock:
-        index = _existing_index(place, resume or append)
-        if index is None:
-            index = new
-        elif dtype is None:
-            new = replace(new, dtype=index.dtype)
-        _check_same_kind(place, index, new)
+        # Another writer may have been there in between.
+        index = existing_index(place, is_welcome) or new
+        check_same_kind(place, index, new)
         rows = rows_per_shard or max(1, SHARD_BYTES // index.row_bytes)
         writer = StoreWriter(place, index, lock, rows)
         writer.remove_leftovers()
         if append or not index.runs:
             _begin_run(writer, run)
         else:
-            _check_same_stream(place, index, run)
+            check_same_stream(place, index, run)
         index.runs[-1].n_tokens = n_tokens
         n_train, n_held_out = _n_wanted(stream, n_tokens, held_out_tokens)
         _save_contexts(writer, stream, n_held_out)
@@ -202,7 +196,7 @@ def _write_rows(
                 n_rows = len(next(iter(batch.values())))
                 n_known = min(max(n_done - n_passed, 0), n_rows)
                 if n_passed == 0 and n_known:
-                    _check_first_rows(place, index, split, batch)
+                    check_first_rows(place, index, split, batch)
                 if n_known < n_rows:
                     writer.add(split, {name: x[n_known:] for name, x in batch.items()})
                 bar.update(n_rows)
@@ -221,125 +215,6 @@ def _first(batches: Iterator[Batch], n_rows: int) -> Iterator[tuple[int, Batch]]
         n_passed += len(next(iter(part.values())))
         if n_passed >= n_rows:
             return
-
-
-def _check_options(
-    stream: ActivationStream,
-    n_tokens: int | None,
-    held_out_tokens: int | None,
-    dtype: str | None,
-    rows_per_shard: int | None,
-    resume: bool,
-    append: bool,
-) -> None:
-    for name, value, least in (
-        ("n_tokens", n_tokens, 1),
-        ("held_out_tokens", held_out_tokens, 0),
-        ("rows_per_shard", rows_per_shard, 1),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{name}={value} is too small; it must be at least {least}.")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} cannot be stored; use {', '.join(DTYPES)}.")
-    if resume and append:
-        raise ValueError(
-            "resume=True goes on with the stream that was written last, and append=True adds "
-            "another one. Set one of them."
-        )
-    if held_out_tokens and stream.n_held_out_rows == 0:
-        raise ValueError(
-            f"held_out_tokens={held_out_tokens}, but the stream holds nothing out. Make it with "
-            "a held-out share, or store without."
-        )
-    reserved = [
-        hook
-        for hook in stream.hooks
-        if hook in (TOKEN_IDS, POSITIONS, "__metadata__") or hook.startswith(SCALES)
-    ]
-    if reserved:
-        raise ValueError(f"A hook must not be called {reserved[0]!r}: a shard needs the name.")
-
-
-def _new_index(stream: ActivationStream, dtype: str | None) -> StoreIndex:
-    """The index of a store of this stream that has no rows yet."""
-    if dtype is None:
-        dtypes = {str(one).removeprefix("torch.") for one in stream.dtypes.values()}
-        if len(dtypes) > 1 or not dtypes <= set(DTYPES):
-            raise ValueError(
-                f"The stream gives {', '.join(sorted(dtypes))}, and a store has one dtype of "
-                f'{", ".join(DTYPES)}. Choose it: dtype="float32".'
-            )
-        dtype = dtypes.pop()
-    tokens = stream.held_out_tokens
-    widest = max(stream.widths.values()) * {"float32": 4, "int8": 1}.get(dtype, 2)
-    return StoreIndex(
-        model=stream.model_name,
-        hooks=list(stream.hooks),
-        widths=dict(stream.widths),
-        dtype=dtype,
-        has_tokens=stream.has_tokens,
-        context_size=stream.context_size,
-        prepend_bos=stream.prepend_bos,
-        tokenizer_name=tokens.tokenizer_name if tokens else "",
-        block_rows=max(1, BLOCK_BYTES // widest),
-    )
-
-
-def _existing_index(place: LocalFolder | RemoteFolder, is_welcome: bool) -> StoreIndex | None:
-    """The index that is there; None if there is none and the folder may be taken."""
-    names = [name for name in place.sizes() if name != LOCK_NAME]
-    if names and not is_welcome:
-        raise FileExistsError(
-            f"{place} already holds files, and a store never overwrites anything. Choose another "
-            "folder, or set resume=True to go on with it, append=True to add to it."
-        )
-    if INDEX_NAME in names:
-        return read_index(place)
-    if not is_only_leftovers(names):
-        raise FileExistsError(
-            f"{place} holds files but no {INDEX_NAME}, so it is no store. Choose another folder."
-        )
-    return None
-
-
-def _check_same_kind(place: LocalFolder | RemoteFolder, index: StoreIndex, new: StoreIndex) -> None:
-    for name in ("model", "hooks", "widths", "dtype", "has_tokens", "context_size", "prepend_bos"):
-        there, here = getattr(index, name), getattr(new, name)
-        if there != here:
-            raise ValueError(
-                f"{place} holds activations with {name} {there!r}, and this stream has {here!r}. "
-                "A store holds one kind; choose another folder."
-            )
-
-
-def _check_same_stream(
-    place: LocalFolder | RemoteFolder, index: StoreIndex, run: StoredRun
-) -> None:
-    """That the stream is the one of the last run, as far as its numbers tell."""
-    differences = index.runs[-1].differences(run)
-    if differences:
-        raise ValueError(
-            f"{place} was begun with another stream ({'; '.join(differences)}). {_ADVICE}"
-        )
-
-
-def _check_first_rows(
-    place: LocalFolder | RemoteFolder, index: StoreIndex, split: str, batch: Batch
-) -> None:
-    stored = first_rows(place, index, split, run=len(index.runs) - 1)
-    if stored is None:
-        return
-    drawn = encode_rows(batch, index)
-    for name, values in stored.items():
-        again = drawn[name][: len(values)].float()
-        before = values[: len(again)].float()
-        # Other threads or another processor may round the last bits in another way.
-        tolerance = 0.02 * float(before.abs().max())
-        if not torch.allclose(again.cpu(), before, rtol=0.02, atol=tolerance):
-            raise ValueError(
-                f"{place} was begun with another stream: its first rows of {name} are others. "
-                f"{_ADVICE}"
-            )
 
 
 def _begin_run(writer: StoreWriter, run: StoredRun) -> None:

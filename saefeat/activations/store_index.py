@@ -170,8 +170,8 @@ def read_index(folder: Folder) -> StoreIndex:
     if value.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{where} has format version {value.get('format_version')!r}, and this saefeat "
-            f"({metadata.version('saefeat')}) reads version {FORMAT_VERSION}. It was written by saefeat "
-            f"{value.get('saefeat_version')!r}: use that, or write the store anew."
+            f"({metadata.version('saefeat')}) reads version {FORMAT_VERSION}. It was written by "
+            f"saefeat {value.get('saefeat_version')!r}: use that, or write the store anew."
         )
     try:
         return _decode(value)

@@ -236,19 +236,19 @@ class ActivationStream:
     ) -> "ActivationStream":
         """Reads what `cache_activations` wrote; training rows and held-out rows stay apart.
 
-        Blocks of neighbouring rows come in random order across all shards, and rows are mixed
-        within windows of `buffer_rows`. Seed, epoch and number decide which row it is, so
-        nothing is buffered: rows are copied from the memory-mapped shards into the batch.
-        Within a batch, rows of the same shard are neighbours. A store at a URL is fetched a
-        window at a time instead, and the window is held in memory. An int8 store gives
-        float32, every other its own dtype.
+        Blocks of neighbouring rows come in random order across all shards. Of a store that was
+        written in the order of the text, rows are mixed within windows of `buffer_rows` besides.
+        Seed, epoch and number decide which row it is, so nothing is buffered: rows are copied
+        from the memory-mapped shards into the batch, those of one shard side by side. From a URL
+        they are fetched a window or a batch at a time, which is held in memory. An int8 store
+        gives float32, every other its own dtype.
 
         Args:
             folder: A path, or a URL that fsspec opens.
             hooks: Names or patterns; None for all hooks of the store. Only these are read.
             batch_size: Rows in a batch.
-            buffer_rows: Rows that are mixed with each other; None for 16 batches, and no
-                fewer than 65,536.
+            buffer_rows: Rows that are mixed with each other. None: 16 batches, and no fewer than
+                65,536; or, where rows were stored in random order, none.
             seed: Decides the order.
             storage_options: What the file system of a URL is told.
 
@@ -258,14 +258,21 @@ class ActivationStream:
                 a hook.
         """
         _check_numbers(batch_size, seed)
-        window_rows = _buffer_rows(batch_size, buffer_rows)
-        opened = open_store_sources(folder, hooks, batch_size, window_rows, storage_options)
+        if buffer_rows is not None:
+            _buffer_rows(batch_size, buffer_rows)
+        opened = open_store_sources(
+            folder,
+            hooks,
+            batch_size=batch_size,
+            buffer_rows=buffer_rows,
+            storage_options=storage_options,
+        )
         stream = cls(
             opened.train,
             opened.held_out,
             example=opened.example,
             batch_size=batch_size,
-            buffer_rows=window_rows,
+            buffer_rows=buffer_rows,
             seed=seed,
             model_name=opened.index.model,
             tokens=opened.tokens,
