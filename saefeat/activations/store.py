@@ -164,7 +164,7 @@ def cache_activations(
             _begin_run(writer, run)
         else:
             check_same_stream(place, index, run)
-        index.runs[-1].n_tokens = n_tokens
+        index.runs[-1].n_tokens, index.runs[-1].is_complete = n_tokens, False
         n_train, n_held_out = _n_wanted(stream, n_tokens, held_out_tokens)
         _save_contexts(writer, stream, n_held_out)
         _write_rows(writer, place, stream, {HELD_OUT: n_held_out, TRAIN: n_train}, progress)

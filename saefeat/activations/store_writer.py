@@ -6,7 +6,6 @@ Shape letters: n rows, d width of a hook.
 import errno
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from safetensors.torch import save
@@ -15,6 +14,7 @@ from torch import Tensor
 from saefeat.activations.quantise import quantise
 from saefeat.activations.sources import POSITIONS, TOKEN_IDS, Chunk
 from saefeat.activations.store_index import (
+    HELD_OUT,
     INDEX_NAME,
     SCALES,
     TRAIN,
@@ -54,10 +54,12 @@ class StoreWriter:
         self._rows_per_shard = rows_per_shard
         self._pieces: list[Chunk] = []
         self._n_waiting = 0
+        self._n_safe_rows = index.n_rows(TRAIN)
 
     def publish(self) -> None:
         """Writes the index: what it names is safe from now on."""
         self._write(INDEX_NAME, encode_index(self.index))
+        self._n_safe_rows = self.index.n_rows(TRAIN)
 
     def add(self, split: str, rows: Mapping[str, Tensor]) -> None:
         """Takes rows of one split, in the encoding of the store or to be encoded."""
@@ -89,10 +91,12 @@ class StoreWriter:
         tensors = {"ids": tokens.ids.to(torch.int32), "counts": tokens.counts}
         if tokens.attention_mask is not None:
             tensors["attention_mask"] = tokens.attention_mask
-        name = f"held-out-contexts-{len(self.index.runs) - 1:05d}.safetensors"
-        saved = self._save(name, tensors, tokens.n_contexts, "held_out")
-        kept = [one for one in self.index.held_out_contexts if one.file != name]
-        self.index.held_out_contexts = [*kept, saved]
+        before = self.index.held_out_contexts
+        # Never a name that the index vouches for: a kill might leave the one without the other.
+        number = 1 + max((int(re.sub(r"\D", "", one.file)) for one in before), default=-1)
+        name = f"held-out-contexts-{number:05d}.safetensors"
+        saved = self._save(name, tensors, tokens.n_contexts, HELD_OUT)
+        self.index.held_out_contexts = [*(one for one in before if one.run != saved.run), saved]
 
     def remove_leftovers(self) -> None:
         """Deletes what an interrupted writer left, which no index names."""
@@ -121,16 +125,12 @@ class StoreWriter:
         try:
             self._folder.write(name, data)
         except OSError as error:
-            safe = self.index
-            if name == INDEX_NAME and safe.shards:
-                # The shard written last is not named yet.
-                safe = replace(safe, shards=safe.shards[:-1])
             reason = error.strerror or str(error)
             advice = "Make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Mend that"
             raise OSError(
                 error.errno or errno.EIO,
                 f"{name} could not be written to {self._folder} ({reason}). "
-                f"{safe.n_rows(TRAIN):,} training rows are safe there. {advice}, and go on with "
+                f"{self._n_safe_rows:,} training rows are safe there. {advice}, and go on with "
                 "resume=True",
             ) from error
 

@@ -96,8 +96,15 @@ class WriterLock:
                     raise self._refusal(holder)
                 if holder is not None:
                     self._warn(holder)
-                os.ftruncate(file, 0)
-                os.pwrite(file, json.dumps(self._owner).encode(), 0)
+                try:
+                    os.ftruncate(file, 0)
+                    os.pwrite(file, json.dumps(self._owner).encode(), 0)
+                except OSError as error:
+                    raise OSError(
+                        error.errno,
+                        f"{folder}/{LOCK_NAME} could not be written ({error.strerror}). Nothing "
+                        "was changed",
+                    ) from error
             except BaseException:
                 os.close(file)
                 raise
