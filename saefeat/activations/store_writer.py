@@ -151,13 +151,13 @@ def encode_rows(rows: Mapping[str, Tensor], index: StoreIndex) -> Chunk:
         values = rows[hook].detach()
         if index.dtype == "int8":
             encoded[hook], encoded[SCALES + hook] = quantise(values)
-            is_whole = encoded[SCALES + hook].isfinite()
+            is_whole = bool(encoded[SCALES + hook].isfinite().all())
         else:
-            cast = values.to(getattr(torch, index.dtype))
             # A copy of its own: the batch may be a view of something larger.
-            encoded[hook] = cast.clone() if cast.data_ptr() == values.data_ptr() else cast
-            is_whole = encoded[hook].isfinite()
-        if not bool(is_whole.all()):
+            encoded[hook] = values.to(getattr(torch, index.dtype), copy=True)
+            # What is not converted was found finite by its source.
+            is_whole = encoded[hook].dtype == values.dtype or bool(encoded[hook].isfinite().all())
+        if not is_whole:
             raise ValueError(
                 f"Activations of {hook} are beyond the range of {index.dtype}, or not finite. "
                 'Store them as "bfloat16" or "float32".'
