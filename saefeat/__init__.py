@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from saefeat import metrics as metrics
     from saefeat.activations.hooks import read_activations as read_activations
+    from saefeat.activations.store import ActivationStore as ActivationStore
+    from saefeat.activations.store import cache_activations as cache_activations
     from saefeat.activations.stream import ActivationStream as ActivationStream
     from saefeat.activations.tokens import Tokens as Tokens
     from saefeat.activations.tokens import load_tokens as load_tokens
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from saefeat.training.trainer import train as train
 
 _HOMES = {
+    "ActivationStore": "saefeat.activations.store",
     "ActivationStream": "saefeat.activations.stream",
     "Bank": "saefeat.training.bank",
     "Codes": "saefeat.kernels.codes",
@@ -44,6 +47,7 @@ _HOMES = {
     "MatryoshkaConfig": "saefeat.dictionaries.matryoshka",
     "MatchingPursuitConfig": "saefeat.dictionaries.matching_pursuit",
     "TopKConfig": "saefeat.dictionaries.topk",
+    "cache_activations": "saefeat.activations.store",
     "load_dictionary": "saefeat.dictionaries.loading",
     "load_model": "saefeat.models.load",
     "load_tokens": "saefeat.activations.tokens",

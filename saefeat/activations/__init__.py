@@ -6,13 +6,16 @@ from saefeat.activations.hooks import (
     replaced_activations,
     resolve_hooks,
 )
+from saefeat.activations.store import ActivationStore, cache_activations
 from saefeat.activations.stream import ActivationStream
 from saefeat.activations.tokens import Tokens, load_tokens
 
 __all__ = [
+    "ActivationStore",
     "ActivationStream",
     "HookReader",
     "Tokens",
+    "cache_activations",
     "load_tokens",
     "read_activations",
     "replaced_activations",

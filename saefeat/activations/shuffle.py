@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor
 
 
@@ -21,7 +21,7 @@ class ShuffleBuffer:
         self.size = 0
         self.rows: dict[str, Tensor] = {}
 
-    def add(self, rows: dict[str, Float[Tensor, "n _"]]) -> None:
+    def add(self, rows: dict[str, Shaped[Tensor, "n ..."]]) -> None:
         """Copies rows in, the same n at every hook.
 
         Raises:
@@ -34,11 +34,11 @@ class ShuffleBuffer:
             )
         for name, values in rows.items():
             if name not in self.rows:
-                self.rows[name] = values.new_empty(self.capacity, values.shape[1])
+                self.rows[name] = values.new_empty(self.capacity, *values.shape[1:])
             self.rows[name][self.size : self.size + n_added] = values
         self.size += n_added
 
-    def take(self, n: int, generator: np.random.Generator) -> dict[str, Float[Tensor, "n _"]]:
+    def take(self, n: int, generator: np.random.Generator) -> dict[str, Shaped[Tensor, "n ..."]]:
         """Removes n random rows, in random order, and returns them as new tensors.
 
         Raises:

@@ -17,6 +17,9 @@ from saefeat.activations.hooks import HookReader
 from saefeat.activations.tokens import Tokens
 
 Chunk = dict[str, Tensor]
+
+TOKEN_IDS, POSITIONS = "token_ids", "positions"
+"""Keys of a chunk that are no hooks: of each row its token, and its position in its context."""
 Order = npt.NDArray[np.int64]
 
 
@@ -47,9 +50,34 @@ class Source(Protocol):
     """Most rows that all items together can give."""
     chunk_rows: int
     """Most rows in a chunk."""
+    has_tokens: bool
+    """Whether each row is that of a token, at a position of a context."""
 
-    def chunks(self, order: Order, left_out: LeftOut) -> Iterator[Chunk]:
-        """The rows of the items `order` numbers, in that order; counts into `left_out`."""
+    def chunks(self, order: Order, left_out: LeftOut, with_tokens: bool = False) -> Iterator[Chunk]:
+        """The rows of the items `order` numbers, in that order; counts into `left_out`.
+
+        `with_tokens` adds `token_ids` and `positions`, int32 [m], if it has tokens.
+        """
+        ...
+
+
+@runtime_checkable
+class RandomAccessSource(Source, Protocol):
+    """A source that can give any rows of a random order, so that nothing need be buffered."""
+
+    buffer_bytes: int
+    """Most memory that reading takes, beside the batch itself."""
+
+    def shuffled_rows(
+        self,
+        seed: int,
+        epoch: int,
+        start: int,
+        stop: int,
+        left_out: LeftOut,
+        with_tokens: bool = False,
+    ) -> Chunk:
+        """Rows `start` up to `stop` of the order that seed and epoch decide."""
         ...
 
 
@@ -60,10 +88,11 @@ class TensorSource:
         """`rows` numbers those rows of `tensors` that belong to this source."""
         self.n_items = self.n_rows = len(rows)
         self.chunk_rows = chunk_rows
+        self.has_tokens = False
         self._tensors = tensors
         self._rows = rows
 
-    def chunks(self, order: Order, left_out: LeftOut) -> Iterator[Chunk]:
+    def chunks(self, order: Order, left_out: LeftOut, with_tokens: bool = False) -> Iterator[Chunk]:
         for items in torch.from_numpy(order).split(self.chunk_rows):
             rows = self._rows[items]
             chunk = {
@@ -94,13 +123,14 @@ class ModelSource:
         self.n_items = len(contexts)
         self.n_rows = int(tokens.counts[contexts.start : contexts.stop].sum())
         self.chunk_rows = contexts_per_forward * tokens.context_size
+        self.has_tokens = True
         self._reader = reader
         self._tokens = tokens
         self._contexts = torch.arange(contexts.start, contexts.stop)
         self._contexts_per_forward = contexts_per_forward
         self._max_norm_ratio = max_norm_ratio
 
-    def chunks(self, order: Order, left_out: LeftOut) -> Iterator[Chunk]:
+    def chunks(self, order: Order, left_out: LeftOut, with_tokens: bool = False) -> Iterator[Chunk]:
         hooks = self._reader.hooks
         rule = None if self._max_norm_ratio is None else OutlierRule(self._max_norm_ratio)
         for items in torch.from_numpy(order).split(self._contexts_per_forward):
@@ -112,6 +142,7 @@ class ModelSource:
             if len(positions) == 0:
                 continue
             chunk = self._read(contexts, positions)
+            tokens = self._tokens_of(contexts, positions) if with_tokens else {}
             norms = row_norms(chunk)
             bad = first_non_finite(norms)
             if bad is not None:
@@ -129,7 +160,16 @@ class ModelSource:
                     for hook, n in zip(hooks, is_outlier.sum(dim=1).tolist(), strict=True):
                         left_out.outliers[hook] = left_out.outliers.get(hook, 0) + n
                     chunk = {hook: rows.index_select(0, kept) for hook, rows in chunk.items()}
-            yield chunk
+                    kept = kept.cpu()
+                    tokens = {name: x.index_select(0, kept) for name, x in tokens.items()}
+            yield chunk | tokens
+
+    def _tokens_of(self, contexts: Tensor, positions: Tensor) -> Chunk:
+        ids = self._tokens.ids[contexts].flatten().index_select(0, positions)
+        return {
+            TOKEN_IDS: ids.to(torch.int32),
+            POSITIONS: (positions % self._tokens.context_size).to(torch.int32),
+        }
 
     def _read(self, contexts: Tensor, positions: Tensor) -> Chunk:
         mask = self._tokens.attention_mask

@@ -5,6 +5,7 @@ Shape letters: n rows, d width of a hook.
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,14 @@ from torch import Tensor
 
 from saefeat.activations.hooks import HookReader
 from saefeat.activations.shuffle import ShuffleBuffer
-from saefeat.activations.sources import LeftOut, ModelSource, Source, TensorSource
+from saefeat.activations.sources import (
+    LeftOut,
+    ModelSource,
+    RandomAccessSource,
+    Source,
+    TensorSource,
+)
+from saefeat.activations.store_reader import open_store_sources
 from saefeat.activations.tokens import Tokens
 
 Batch = dict[str, Tensor]
@@ -46,7 +54,7 @@ class ActivationStream:
         model_name: str | None = None,
         tokens: Tokens | None = None,
     ) -> None:
-        """Most callers want `from_model` or `from_tensors`.
+        """Most callers want `from_model`, `from_tensors` or `from_store`.
 
         Args:
             source: The rows to train on.
@@ -63,17 +71,12 @@ class ActivationStream:
             ValueError: A number is out of range, or the source has no rows.
         """
         _check_numbers(batch_size, seed)
-        if buffer_rows is None:
-            buffer_rows = max(16 * batch_size, 65_536)
-        elif buffer_rows < batch_size:
-            raise ValueError(
-                f"buffer_rows={buffer_rows} holds less than a batch of {batch_size}. Give several "
-                "batches, so that there is something to mix."
-            )
+        buffer_rows = _buffer_rows(batch_size, buffer_rows)
         if source.n_rows == 0:
             raise ValueError("There are no rows to train on: no position of the text counts.")
         self.hooks: list[str] = list(example)
         self.widths: dict[str, int] = {hook: x.shape[-1] for hook, x in example.items()}
+        self.dtypes: dict[str, torch.dtype] = {hook: x.dtype for hook, x in example.items()}
         self.batch_size = batch_size
         self.buffer_rows = max(batch_size, min(buffer_rows, source.n_rows))
         self.seed = seed
@@ -220,15 +223,105 @@ class ActivationStream:
             seed=seed,
         )
 
+    @classmethod
+    def from_store(
+        cls,
+        folder: str | Path,
+        hooks: str | Sequence[str] | None = None,
+        *,
+        batch_size: int = 4096,
+        buffer_rows: int | None = None,
+        seed: int = 0,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> "ActivationStream":
+        """Reads what `cache_activations` wrote; training rows and held-out rows stay apart.
+
+        Blocks of neighbouring rows come in random order across all shards. Of a store that was
+        written in the order of the text, rows are mixed within windows of `buffer_rows` besides.
+        Seed, epoch and number decide which row it is, so nothing is buffered: rows are copied
+        from the memory-mapped shards into the batch, those of one shard side by side. From a URL
+        they are fetched a window or a batch at a time, which is held in memory. An int8 store
+        gives float32, every other its own dtype.
+
+        Args:
+            folder: A path, or a URL that fsspec opens.
+            hooks: Names or patterns; None for all hooks of the store. Only these are read.
+            batch_size: Rows in a batch.
+            buffer_rows: Rows that are mixed with each other. None: 16 batches, and no fewer than
+                65,536; or, where rows were stored in random order, none.
+            seed: Decides the order.
+            storage_options: What the file system of a URL is told.
+
+        Raises:
+            FileNotFoundError: There is no store, or a shard of it is missing; it is named.
+            ValueError: The store is of another version or damaged, has no rows yet, or lacks
+                a hook.
+        """
+        _check_numbers(batch_size, seed)
+        if buffer_rows is not None:
+            _buffer_rows(batch_size, buffer_rows)
+        opened = open_store_sources(
+            folder,
+            hooks,
+            batch_size=batch_size,
+            buffer_rows=buffer_rows,
+            storage_options=storage_options,
+        )
+        stream = cls(
+            opened.train,
+            opened.held_out,
+            example=opened.example,
+            batch_size=batch_size,
+            buffer_rows=buffer_rows,
+            seed=seed,
+            model_name=opened.index.model,
+            tokens=opened.tokens,
+        )
+        stream.context_size = opened.index.context_size
+        stream.prepend_bos = opened.index.prepend_bos
+        return stream
+
     @property
     def buffer_bytes(self) -> int:
         """Memory that the buffer takes while an iteration runs."""
+        if isinstance(self._source, RandomAccessSource):
+            return self._source.buffer_bytes
         return (self.buffer_rows + self._source.chunk_rows) * self._row_bytes
+
+    @property
+    def n_rows(self) -> int:
+        """Training rows of an epoch, at most: tokens that are left out are known only later."""
+        return self._source.n_rows
+
+    @property
+    def n_held_out_rows(self) -> int:
+        """Held-out rows, at most."""
+        return 0 if self._held_out_source is None else self._held_out_source.n_rows
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether each row is that of a token, at a position of a context."""
+        return self._source.has_tokens
 
     def __iter__(self) -> Iterator[Batch]:
         """One epoch of training batches; the last one may be smaller."""
+        return self.epoch()
+
+    def epoch(self, *, shuffle: bool = True, with_tokens: bool = False) -> Iterator[Batch]:
+        """Every training row once, in batches.
+
+        Args:
+            shuffle: False gives the rows in the order of the source.
+            with_tokens: Adds `token_ids` and `positions` (in the context), int32 [n], to each
+                batch, if the rows have tokens.
+        """
         self._begin()
-        yield from self._epoch(0, self._new_buffer(), self.batch_size)
+        if not shuffle:
+            yield from self._in_order(self._source, self._source.n_rows, with_tokens)
+        elif isinstance(self._source, RandomAccessSource):
+            yield from self._random_access(self._source, self._source.n_rows, with_tokens)
+        else:
+            yield from self._epoch(0, self._new_buffer(), self.batch_size, with_tokens)
 
     def batches(self, n_rows: int) -> Iterator[Batch]:
         """Training batches until `n_rows` rows are given, over as many epochs as that takes.
@@ -237,6 +330,9 @@ class ActivationStream:
         epoch is filled up from the next one.
         """
         self._begin()
+        if isinstance(self._source, RandomAccessSource):
+            yield from self._random_access(self._source, n_rows)
+            return
         buffer = self._new_buffer()
         begun: Batch = {}
         n_left = n_rows
@@ -255,11 +351,14 @@ class ActivationStream:
                 if n_left <= 0:
                     return
 
-    def held_out_batches(self, n_rows: int | None = None) -> Iterator[Batch]:
+    def held_out_batches(
+        self, n_rows: int | None = None, *, with_tokens: bool = False
+    ) -> Iterator[Batch]:
         """Held-out rows in order, in batches of `batch_size` at most.
 
         Args:
             n_rows: Most rows to give; None gives all. There may be fewer.
+            with_tokens: As for `epoch`.
 
         Raises:
             ValueError: Nothing was held out.
@@ -269,16 +368,42 @@ class ActivationStream:
                 "Nothing was held out: the share was 0, or the text made only one context."
             )
         self._begin()
-        n_left = self._held_out_source.n_rows if n_rows is None else n_rows
-        order = np.arange(self._held_out_source.n_items)
-        for chunk in self._held_out_source.chunks(order, self.left_out):
+        n_most = self._held_out_source.n_rows if n_rows is None else n_rows
+        yield from self._in_order(self._held_out_source, n_most, with_tokens)
+
+    def _in_order(self, source: Source, n_most: int, with_tokens: bool) -> Iterator[Batch]:
+        n_left = n_most
+        order = np.arange(source.n_items)
+        for chunk in source.chunks(order, self.left_out, with_tokens):
             for start in range(0, _n_rows(chunk), self.batch_size):
                 if n_left <= 0:
                     return
                 stop = start + min(self.batch_size, n_left)
-                batch = {hook: x[start:stop] for hook, x in chunk.items()}
+                batch = {name: x[start:stop] for name, x in chunk.items()}
                 yield batch
                 n_left -= _n_rows(batch)
+
+    def _random_access(
+        self, source: RandomAccessSource, n_rows: int, with_tokens: bool = False
+    ) -> Iterator[Batch]:
+        """Batches of `n_rows` rows, numbered through all epochs: `start` is the whole state."""
+        start = 0
+        while start < n_rows:
+            stop = min(start + self.batch_size, n_rows)
+            parts = []
+            while start < stop:
+                epoch, first = divmod(start, source.n_rows)
+                last = min(first + stop - start, source.n_rows)
+                self.epochs_started = epoch + 1
+                parts.append(
+                    source.shuffled_rows(self.seed, epoch, first, last, self.left_out, with_tokens)
+                )
+                start += last - first
+            yield (
+                parts[0]
+                if len(parts) == 1
+                else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            )
 
     def _begin(self) -> None:
         self.left_out = LeftOut()
@@ -287,14 +412,16 @@ class ActivationStream:
     def _new_buffer(self) -> ShuffleBuffer:
         return ShuffleBuffer(self.buffer_rows + self._source.chunk_rows)
 
-    def _epoch(self, epoch: int, buffer: ShuffleBuffer, first_size: int) -> Iterator[Batch]:
+    def _epoch(
+        self, epoch: int, buffer: ShuffleBuffer, first_size: int, with_tokens: bool = False
+    ) -> Iterator[Batch]:
         """Every row once, in batches: one of `first_size`, then whole ones, then what is left."""
         self.epochs_started += 1
         generator = np.random.default_rng([self.seed, epoch])
         order = generator.permutation(self._source.n_items)
         size = first_size
         is_empty = True
-        for chunk in self._source.chunks(order, self.left_out):
+        for chunk in self._source.chunks(order, self.left_out, with_tokens):
             buffer.add(chunk)
             while buffer.size >= self.buffer_rows:
                 is_empty = False
@@ -313,6 +440,17 @@ class ActivationStream:
 
 def _n_rows(batch: Batch) -> int:
     return len(next(iter(batch.values()))) if batch else 0
+
+
+def _buffer_rows(batch_size: int, buffer_rows: int | None) -> int:
+    if buffer_rows is None:
+        return max(16 * batch_size, 65_536)
+    if buffer_rows < batch_size:
+        raise ValueError(
+            f"buffer_rows={buffer_rows} holds less than a batch of {batch_size}. Give several "
+            "batches, so that there is something to mix."
+        )
+    return buffer_rows
 
 
 def _check_numbers(batch_size: int, seed: int) -> None:

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,76 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}); it is damaged or cut off."
         ) from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorPlace:
+    """Where a tensor lies in a safetensors file."""
+
+    dtype: str
+    """As safetensors names it: "F32", "BF16", "I8", …"""
+    shape: tuple[int, ...]
+    """The sizes."""
+    start: int
+    """Its first byte in the file."""
+    stop: int
+    """The byte after its last."""
+
+
+# Bytes of an element, of the dtypes that this library writes.
+_ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I8": 1, "BOOL": 1}
+# A header takes some hundred bytes for each tensor; the format itself stops at this size.
+_LONGEST_HEADER = 100_000_000
+
+
+def read_tensor_places(
+    read: Callable[[int, int], bytes], n_bytes: int, name: str
+) -> dict[str, TensorPlace]:
+    """What the header of a safetensors file says is in it, checked before anything is loaded.
+
+    Args:
+        read: Gives bytes `start` up to `stop` of the file.
+        n_bytes: The size of the file.
+        name: What an error calls it.
+
+    Raises:
+        ValueError: The header is not one, or a tensor is not of the size that its shape and
+            dtype have, or does not lie within the file.
+    """
+    header_bytes = int.from_bytes(read(0, 8), "little") if n_bytes >= 8 else n_bytes
+    if not 0 < header_bytes <= min(n_bytes - 8, _LONGEST_HEADER):
+        raise ValueError(
+            f"{name} is not a whole safetensors file (its header claims {header_bytes} bytes of "
+            f"{n_bytes}); it is damaged or cut off."
+        )
+    try:
+        header = json.loads(read(8, 8 + header_bytes))
+        places = {
+            tensor: _place(entry, 8 + header_bytes)
+            for tensor, entry in header.items()
+            if tensor != "__metadata__"
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{name} has no valid safetensors header ({error}); it is damaged."
+        ) from None
+    for tensor, place in places.items():
+        if place.stop > n_bytes:
+            raise ValueError(
+                f"{name} ends before its tensor {tensor!r} does; it is damaged or cut off."
+            )
+    return places
+
+
+def _place(entry: Any, first: int) -> TensorPlace:
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    start, stop = entry["data_offsets"]
+    sizes = [*shape, start, stop]
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError("a size is no natural number")
+    if stop - start != math.prod(shape) * _ITEM_BYTES[dtype]:
+        raise ValueError(f"{stop - start} bytes are not {list(shape)} of {dtype}")
+    return TensorPlace(dtype=dtype, shape=shape, start=first + start, stop=first + stop)
 
 
 def claim_folder(folder: str | Path, what: str = "run") -> Path:
