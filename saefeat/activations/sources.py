@@ -17,6 +17,7 @@ from saefeat.activations.hooks import HookReader
 from saefeat.activations.tokens import Tokens
 
 Chunk = dict[str, Tensor]
+Batch = dict[str, Tensor]
 
 TOKEN_IDS, POSITIONS = "token_ids", "positions"
 """Keys of a chunk that are no hooks: of each row its token, and its position in its context."""
@@ -37,6 +38,20 @@ class LeftOut:
     """The same by hook; a row may be an outlier at several."""
 
 
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """How far through a source an iteration is: all that its next chunk depends on."""
+
+    n_items: int = 0
+    """Items of the epoch that were read."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """Counts of the whole iteration."""
+    median_sums: list[float] = field(default_factory=list)
+    """State of the epoch's `OutlierRule`: weighted sums of medians by hook, in float32."""
+    median_weight: float = 0.0
+    """And their weight."""
+
+
 @runtime_checkable
 class Source(Protocol):
     """Gives the rows of its items, an item being what can be put in any order.
@@ -53,8 +68,13 @@ class Source(Protocol):
     has_tokens: bool
     """Whether each row is that of a token, at a position of a context."""
 
-    def chunks(self, order: Order, left_out: LeftOut, with_tokens: bool = False) -> Iterator[Chunk]:
-        """The rows of the items `order` numbers, in that order; counts into `left_out`.
+    def chunks(
+        self, order: Order, progress: Progress, with_tokens: bool = False
+    ) -> Iterator[Chunk]:
+        """The rows of the items `order` numbers, in that order.
+
+        `progress` is gone on from and kept up to date: an iteration that stops after a chunk can
+        be continued by the rest of the order and what `progress` was.
 
         `with_tokens` adds `token_ids` and `positions`, int32 [m], if it has tokens.
         """
@@ -92,7 +112,9 @@ class TensorSource:
         self._tensors = tensors
         self._rows = rows
 
-    def chunks(self, order: Order, left_out: LeftOut, with_tokens: bool = False) -> Iterator[Chunk]:
+    def chunks(
+        self, order: Order, progress: Progress, with_tokens: bool = False
+    ) -> Iterator[Chunk]:
         for items in torch.from_numpy(order).split(self.chunk_rows):
             rows = self._rows[items]
             chunk = {
@@ -103,7 +125,8 @@ class TensorSource:
             if bad is not None:
                 hook, row = list(chunk)[bad[0]], int(rows[bad[1]])
                 raise ValueError(f"Row {row} of the tensor {hook!r} holds NaN or infinity.")
-            left_out.positions_read += len(rows)
+            progress.left_out.positions_read += len(rows)
+            progress.n_items += len(items)
             yield chunk
 
 
@@ -130,15 +153,18 @@ class ModelSource:
         self._contexts_per_forward = contexts_per_forward
         self._max_norm_ratio = max_norm_ratio
 
-    def chunks(self, order: Order, left_out: LeftOut, with_tokens: bool = False) -> Iterator[Chunk]:
-        hooks = self._reader.hooks
-        rule = None if self._max_norm_ratio is None else OutlierRule(self._max_norm_ratio)
+    def chunks(
+        self, order: Order, progress: Progress, with_tokens: bool = False
+    ) -> Iterator[Chunk]:
+        hooks, left_out = self._reader.hooks, progress.left_out
+        rule = None if self._max_norm_ratio is None else OutlierRule(self._max_norm_ratio, progress)
         for items in torch.from_numpy(order).split(self._contexts_per_forward):
             contexts = self._contexts[items]
             counts = self._tokens.counts[contexts].flatten()
             positions = counts.nonzero().squeeze(1)
             left_out.positions_read += counts.numel()
             left_out.special_positions += counts.numel() - len(positions)
+            progress.n_items += len(items)
             if len(positions) == 0:
                 continue
             chunk = self._read(contexts, positions)
@@ -193,17 +219,20 @@ class OutlierRule:
 
     DECAY = 0.99
 
-    def __init__(self, max_norm_ratio: float) -> None:
+    def __init__(self, max_norm_ratio: float, progress: Progress | None = None) -> None:
+        """`progress` is where the running medians are gone on from, and kept."""
         self.max_norm_ratio = max_norm_ratio
-        self._weighted_sum: Tensor | float = 0.0
-        self._weight = 0.0
+        self._progress = progress or Progress()
 
     def outliers(self, norms: Float[Tensor, "h m"]) -> Bool[Tensor, "h m"]:
         """Which norms of the next chunk are outliers."""
         medians = norms.median(dim=1).values
-        self._weighted_sum = self.DECAY * self._weighted_sum + medians
-        self._weight = self.DECAY * self._weight + 1.0
-        running = self._weighted_sum / self._weight
+        progress = self._progress
+        before = torch.tensor(progress.median_sums or [0.0] * len(medians), device=medians.device)
+        weighted_sum = self.DECAY * before + medians
+        progress.median_weight = self.DECAY * progress.median_weight + 1.0
+        running = weighted_sum / progress.median_weight
+        progress.median_sums = weighted_sum.tolist()
         return norms > self.max_norm_ratio * running[:, None]
 
 

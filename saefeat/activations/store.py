@@ -7,6 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from saefeat.activations.sources import Batch
 from saefeat.activations.store_claim import (
     check_first_rows,
     check_options,
@@ -23,7 +24,7 @@ from saefeat.activations.store_index import (
     read_index,
 )
 from saefeat.activations.store_writer import StoreWriter
-from saefeat.activations.stream import ActivationStream, Batch
+from saefeat.activations.stream import ActivationStream
 from saefeat.activations.tokens import Tokens
 from saefeat.core.folders import LocalFolder, RemoteFolder, open_folder
 from saefeat.core.locks import WriterLock

@@ -2,7 +2,7 @@
 
 import torch
 
-from saefeat.activations.sources import POSITIONS, TOKEN_IDS
+from saefeat.activations.sources import POSITIONS, TOKEN_IDS, Batch
 from saefeat.activations.store_index import (
     DTYPES,
     INDEX_NAME,
@@ -13,7 +13,7 @@ from saefeat.activations.store_index import (
 )
 from saefeat.activations.store_reader import first_rows
 from saefeat.activations.store_writer import encode_rows, is_only_leftovers
-from saefeat.activations.stream import ActivationStream, Batch
+from saefeat.activations.stream import ActivationStream
 from saefeat.core.folders import LocalFolder, RemoteFolder
 from saefeat.core.locks import LOCK_NAME
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from saefeat.activations.quantise import dequantise
 from saefeat.activations.shard_files import TORCH_DTYPES, Blocks, FetchedBlocks, MappedShards
-from saefeat.activations.sources import POSITIONS, TOKEN_IDS, Chunk, LeftOut, Order
+from saefeat.activations.sources import POSITIONS, TOKEN_IDS, Chunk, LeftOut, Order, Progress
 from saefeat.activations.store_index import (
     SCALES,
     StoredFile,
@@ -88,14 +88,17 @@ class StoreSource:
         fetched = (n_rows + int(self._sizes.max(initial=0))) * self._index.row_bytes
         return numbers + (fetched if isinstance(self._files, FetchedBlocks) else 0)
 
-    def chunks(self, order: Order, left_out: LeftOut, with_tokens: bool = False) -> Iterator[Chunk]:
+    def chunks(
+        self, order: Order, progress: Progress, with_tokens: bool = False
+    ) -> Iterator[Chunk]:
         for first in range(0, len(order), self._blocks_per_chunk):
             blocks = order[first : first + self._blocks_per_chunk]
             self._window = None  # Its blocks make room for these.
             self._files.prepare(blocks, order[first + len(blocks) :][: self._blocks_per_chunk])
             spans = self._spans_of(blocks)
             n_rows = int(self._sizes[blocks].sum())
-            left_out.positions_read += n_rows
+            progress.left_out.positions_read += n_rows
+            progress.n_items += len(blocks)
             chunk = self._new_chunk(n_rows, with_tokens)
             self._copy(spans, chunk, 0)
             yield self._decoded(chunk)

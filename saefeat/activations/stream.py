@@ -3,7 +3,6 @@
 Shape letters: n rows, d width of a hook.
 """
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saefeat.activations.batches import (
+    BufferedBatches,
+    Position,
+    RandomAccessBatches,
+    TrainingBatches,
+)
 from saefeat.activations.hooks import HookReader
-from saefeat.activations.shuffle import ShuffleBuffer
 from saefeat.activations.sources import (
+    Batch,
     LeftOut,
     ModelSource,
+    Progress,
     RandomAccessSource,
     Source,
     TensorSource,
 )
 from saefeat.activations.store_reader import open_store_sources
 from saefeat.activations.tokens import Tokens
-
-Batch = dict[str, Tensor]
 
 # Tokens in one forward, unless told otherwise: enough to keep two cores or a GPU busy with a
 # small model, few enough that a large model's activations fit.
@@ -88,8 +92,7 @@ class ActivationStream:
         )
         self.left_out = LeftOut()
         """Counts of the iteration that was begun last, training or held out."""
-        self.epochs_started = 0
-        """Epochs that the training iteration begun last has started."""
+        self._training: TrainingBatches | None = None
         self._source = source
         self._held_out_source = held_out_source
         self._row_bytes = sum(x.shape[-1] * x.element_size() for x in example.values())
@@ -299,6 +302,11 @@ class ActivationStream:
         return 0 if self._held_out_source is None else self._held_out_source.n_rows
 
     @property
+    def epochs_started(self) -> int:
+        """Epochs that the training iteration begun last has started."""
+        return 0 if self._training is None else self._training.epoch + 1
+
+    @property
     def has_tokens(self) -> bool:
         """Whether each row is that of a token, at a position of a context."""
         return self._source.has_tokens
@@ -315,41 +323,48 @@ class ActivationStream:
             with_tokens: Adds `token_ids` and `positions` (in the context), int32 [n], to each
                 batch, if the rows have tokens.
         """
-        self._begin()
         if not shuffle:
-            yield from self._in_order(self._source, self._source.n_rows, with_tokens)
-        elif isinstance(self._source, RandomAccessSource):
-            yield from self._random_access(self._source, self._source.n_rows, with_tokens)
-        else:
-            yield from self._epoch(0, self._new_buffer(), self.batch_size, with_tokens)
+            return self._in_order(self._source, self._source.n_rows, with_tokens)
+        return self._shuffled(None, with_tokens)
 
-    def batches(self, n_rows: int) -> Iterator[Batch]:
+    def batches(self, n_rows: int, position: Position | None = None) -> TrainingBatches:
         """Training batches until `n_rows` rows are given, over as many epochs as that takes.
 
         Each batch has `batch_size` rows, the last what is left. A batch at the end of an
         epoch is filled up from the next one.
+
+        Args:
+            n_rows: Rows of all batches together.
+            position: What `state()` of an earlier iteration gave, over an equal stream: goes on
+                from there with the very batches that would have come.
         """
-        self._begin()
+        batches = self._shuffled(n_rows)
+        if position is not None:
+            batches.restore(*position)
+            self.left_out = batches.left_out
+        return batches
+
+    def _shuffled(self, n_rows: int | None, with_tokens: bool = False) -> TrainingBatches:
+        batches: TrainingBatches
         if isinstance(self._source, RandomAccessSource):
-            yield from self._random_access(self._source, n_rows)
-            return
-        buffer = self._new_buffer()
-        begun: Batch = {}
-        n_left = n_rows
-        if n_left < 1:
-            return
-        for epoch in itertools.count():
-            for batch in self._epoch(epoch, buffer, self.batch_size - _n_rows(begun)):
-                if begun:
-                    batch = {hook: torch.cat([begun[hook], x]) for hook, x in batch.items()}
-                    begun = {}
-                if _n_rows(batch) < min(self.batch_size, n_left):
-                    begun = batch
-                    continue
-                yield {hook: x[:n_left] for hook, x in batch.items()}
-                n_left -= _n_rows(batch)
-                if n_left <= 0:
-                    return
+            batches = RandomAccessBatches(
+                self._source,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                n_rows=self._source.n_rows if n_rows is None else n_rows,
+                with_tokens=with_tokens,
+            )
+        else:
+            batches = BufferedBatches(
+                self._source,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                buffer_rows=self.buffer_rows,
+                n_rows=n_rows,
+                with_tokens=with_tokens,
+            )
+        self._training, self.left_out = batches, batches.left_out
+        return batches
 
     def held_out_batches(
         self, n_rows: int | None = None, *, with_tokens: bool = False
@@ -367,79 +382,21 @@ class ActivationStream:
             raise ValueError(
                 "Nothing was held out: the share was 0, or the text made only one context."
             )
-        self._begin()
         n_most = self._held_out_source.n_rows if n_rows is None else n_rows
-        yield from self._in_order(self._held_out_source, n_most, with_tokens)
+        return self._in_order(self._held_out_source, n_most, with_tokens)
 
     def _in_order(self, source: Source, n_most: int, with_tokens: bool) -> Iterator[Batch]:
         n_left = n_most
-        order = np.arange(source.n_items)
-        for chunk in source.chunks(order, self.left_out, with_tokens):
-            for start in range(0, _n_rows(chunk), self.batch_size):
+        progress = Progress()
+        self.left_out = progress.left_out
+        for chunk in source.chunks(np.arange(source.n_items), progress, with_tokens):
+            n_chunk = len(next(iter(chunk.values())))
+            for start in range(0, n_chunk, self.batch_size):
+                stop = min(n_chunk, start + min(self.batch_size, n_left))
                 if n_left <= 0:
                     return
-                stop = start + min(self.batch_size, n_left)
-                batch = {name: x[start:stop] for name, x in chunk.items()}
-                yield batch
-                n_left -= _n_rows(batch)
-
-    def _random_access(
-        self, source: RandomAccessSource, n_rows: int, with_tokens: bool = False
-    ) -> Iterator[Batch]:
-        """Batches of `n_rows` rows, numbered through all epochs: `start` is the whole state."""
-        start = 0
-        while start < n_rows:
-            stop = min(start + self.batch_size, n_rows)
-            parts = []
-            while start < stop:
-                epoch, first = divmod(start, source.n_rows)
-                last = min(first + stop - start, source.n_rows)
-                self.epochs_started = epoch + 1
-                parts.append(
-                    source.shuffled_rows(self.seed, epoch, first, last, self.left_out, with_tokens)
-                )
-                start += last - first
-            yield (
-                parts[0]
-                if len(parts) == 1
-                else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            )
-
-    def _begin(self) -> None:
-        self.left_out = LeftOut()
-        self.epochs_started = 0
-
-    def _new_buffer(self) -> ShuffleBuffer:
-        return ShuffleBuffer(self.buffer_rows + self._source.chunk_rows)
-
-    def _epoch(
-        self, epoch: int, buffer: ShuffleBuffer, first_size: int, with_tokens: bool = False
-    ) -> Iterator[Batch]:
-        """Every row once, in batches: one of `first_size`, then whole ones, then what is left."""
-        self.epochs_started += 1
-        generator = np.random.default_rng([self.seed, epoch])
-        order = generator.permutation(self._source.n_items)
-        size = first_size
-        is_empty = True
-        for chunk in self._source.chunks(order, self.left_out, with_tokens):
-            buffer.add(chunk)
-            while buffer.size >= self.buffer_rows:
-                is_empty = False
-                yield buffer.take(size, generator)
-                size = self.batch_size
-        while buffer.size:
-            is_empty = False
-            yield buffer.take(min(size, buffer.size), generator)
-            size = self.batch_size
-        if is_empty:
-            raise ValueError(
-                f"An epoch gave no rows: of {self.left_out.positions_read} positions all were "
-                "left out. Raise max_norm_ratio, or set it to None."
-            )
-
-
-def _n_rows(batch: Batch) -> int:
-    return len(next(iter(batch.values()))) if batch else 0
+                yield {name: x[start:stop] for name, x in chunk.items()}
+                n_left -= stop - start
 
 
 def _buffer_rows(batch_size: int, buffer_rows: int | None) -> int:
