@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -45,6 +45,52 @@ def demo(
     print(f"Report:       {out}/report/report.json, features.safetensors, density.png")
 
 
+def cache(
+    text: Path,
+    model: str = "smollm2-135m",
+    hooks: tuple[str, ...] = ("blocks.*.hook_resid_post",),
+    tokens: int | None = None,
+    context_size: int = 128,
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None,
+    seed: int = 0,
+    out: str = "acts",
+    resume: bool = False,
+    append: bool = False,
+) -> None:
+    """Write the activations of a model on a text to disk, to train on as often as you like.
+
+    Example: saefeat cache --text corpus.txt --hooks "blocks.*.hook_resid_post" --out acts
+
+    Args:
+        text: A text file or folder.
+        model: "smollm2-135m", a Hugging Face name, or the folder of a model.
+        hooks: Hook points, or patterns of them.
+        tokens: Activations to store, a row for each token. Default: all that the text gives.
+        context_size: Tokens in a context.
+        dtype: How to store them; int8 has a scale for each row. Default: as the model computes.
+        seed: Decides the order of documents and rows.
+        out: A new folder, or a URL such as s3://bucket/acts.
+        resume: Go on with a call that was interrupted.
+        append: Add to a store of the same model and hooks.
+    """
+    from saefeat.caching import cache_text
+
+    print(
+        cache_text(
+            model=model,
+            text=text,
+            hooks=hooks,
+            out=out,
+            tokens=tokens,
+            context_size=context_size,
+            dtype=dtype,
+            seed=seed,
+            resume=resume,
+            append=append,
+        )
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command `saefeat`. Exits with 2 and one line on a bad option or input."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -64,7 +110,7 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
     try:
         with redirect_stderr(complaint):
             command: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
-                {"demo": _unstarted(demo)},
+                {"demo": _unstarted(demo), "cache": _unstarted(cache)},
                 prog="saefeat",
                 description="Sparse dictionaries on language models. --debug shows tracebacks.",
                 args=arguments,

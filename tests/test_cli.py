@@ -55,6 +55,31 @@ def test_the_demo_writes_dictionaries_and_a_report_and_says_where(local_model, t
     assert (out / "report" / "report.json").read_bytes() == before
 
 
+def test_cache_writes_a_store_goes_on_with_it_and_adds_to_it(local_model, text, tmp_path):
+    out = tmp_path / "acts"
+    options = ("--model", local_model, "--text", text, "--context-size", 16, "--out", out)
+    hooks = ("--hooks", "blocks.0.hook_resid_post", "blocks.2.hook_mlp_out")
+    finished = saefeat("cache", *options, *hooks, "--tokens", 500, "--dtype", "int8")
+    assert finished.returncode == 0, finished.stderr
+    assert f"{out}: 500 rows to train on and 50 held out, 2 hooks, int8" in finished.stdout
+    assert "caching: 100%" in finished.stderr
+    stream = sf.ActivationStream.from_store(out)
+    assert stream.hooks == list(hooks[1:])
+    assert_refused(saefeat("cache", *options, *hooks, "--tokens", 500), "already holds files")
+    again = saefeat("cache", *options, *hooks, "--tokens", 500, "--resume")
+    assert ": 500 rows" in again.stdout, again.stderr
+    more = ("--tokens", 300, "--seed", 1, "--append")
+    assert ": 800 rows" in saefeat("cache", *options, *hooks, *more).stdout
+    assert_refused(saefeat("cache", *options, "--hooks", "nothing", *more), "'nothing'")
+
+
+def test_help_of_cache_shows_an_example():
+    finished = saefeat("cache", "--help")
+    assert finished.returncode == 0
+    assert "Example: saefeat cache" in finished.stdout
+    assert "blocks.*.hook_resid_post" in finished.stdout
+
+
 def assert_refused(finished, message):
     assert finished.returncode == 2
     (line,) = finished.stderr.strip().splitlines()
@@ -69,6 +94,8 @@ def assert_refused(finished, message):
         (["demo", "--tokens", "three"], "invalid"),
         (["demo", "--colour", "red"], "--colour"),
         (["dmeo"], "dmeo"),
+        (["cache", "--text", "x", "--dtype", "float8"], "float8"),
+        (["cache", "--text", "x", "--tokens", "0"], "too few"),
         (["demo", "--tokens", "3"], "too few"),
         (["demo", "--model", "./nowhere", "--out", "unmade"], "no model folder at ./nowhere"),
     ],
