@@ -139,6 +139,12 @@ class HookReader:
             )
         return {name: values[self._buffer_of[name]] for name in self.hooks}
 
+    def weight_sample(self) -> Float[Tensor, " n"]:
+        """A few numbers of every weight of the model, which tell it from another."""
+        return torch.cat(
+            [one.detach().flatten()[:4].float().cpu() for one in self._model.parameters()]
+        )
+
     def _copy(self, name: str, value: Any, batch_shape: torch.Size) -> Tensor:
         """Copies one hook's value into its buffer, and gives the part that it fills."""
         n_contexts, n_positions = batch_shape

@@ -3,6 +3,7 @@
 Shape letters: m rows in a chunk, h hooks, d width of a hook.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -22,6 +23,9 @@ Batch = dict[str, Tensor]
 TOKEN_IDS, POSITIONS = "token_ids", "positions"
 """Keys of a chunk that are no hooks: of each row its token, and its position in its context."""
 Order = npt.NDArray[np.int64]
+
+SAMPLED_ROWS = 256
+"""Rows of given tensors whose values a fingerprint takes in."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -67,6 +71,8 @@ class Source(Protocol):
     """Most rows in a chunk."""
     has_tokens: bool
     """Whether each row is that of a token, at a position of a context."""
+    fingerprint: str
+    """A hash that differs where the rows or their order would; of large data, of a sample."""
 
     def chunks(
         self, order: Order, progress: Progress, with_tokens: bool = False
@@ -109,6 +115,9 @@ class TensorSource:
         self.n_items = self.n_rows = len(rows)
         self.chunk_rows = chunk_rows
         self.has_tokens = False
+        sampled = rows[:: max(1, len(rows) // SAMPLED_ROWS)]
+        samples = [x[sampled.to(x.device)] for x in tensors.values()]
+        self.fingerprint = fingerprint(list(tensors), chunk_rows, rows, *samples)
         self._tensors = tensors
         self._rows = rows
 
@@ -147,6 +156,13 @@ class ModelSource:
         self.n_rows = int(tokens.counts[contexts.start : contexts.stop].sum())
         self.chunk_rows = contexts_per_forward * tokens.context_size
         self.has_tokens = True
+        self.fingerprint = fingerprint(
+            reader.hooks,
+            (contexts.start, contexts.stop, contexts_per_forward, max_norm_ratio),
+            tokens.ids[contexts.start : contexts.stop],
+            tokens.counts[contexts.start : contexts.stop],
+            reader.weight_sample(),
+        )
         self._reader = reader
         self._tokens = tokens
         self._contexts = torch.arange(contexts.start, contexts.stop)
@@ -206,6 +222,19 @@ class ModelSource:
             hook: value.flatten(0, 1).index_select(0, positions.to(value.device))
             for hook, value in values.items()
         }
+
+
+def fingerprint(*parts: object) -> str:
+    """A hash of tensors, by their bytes, and of anything else, by its `repr`."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, Tensor):
+            whole = part.detach().cpu().contiguous()
+            digest.update(f"{whole.dtype}{list(whole.shape)}".encode())
+            digest.update(whole.flatten().view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()
 
 
 class OutlierRule:

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from saefeat.activations.quantise import dequantise
 from saefeat.activations.shard_files import TORCH_DTYPES, Blocks, FetchedBlocks, MappedShards
-from saefeat.activations.sources import POSITIONS, TOKEN_IDS, Chunk, LeftOut, Order, Progress
+from saefeat.activations.sources import (
+    POSITIONS,
+    TOKEN_IDS,
+    Chunk,
+    LeftOut,
+    Order,
+    Progress,
+    fingerprint,
+)
 from saefeat.activations.store_index import (
     SCALES,
     StoredFile,
@@ -61,6 +69,8 @@ class StoreSource:
         )
         self.n_items = len(starts)
         self.has_tokens = index.has_tokens
+        hashes = [shard.blake2b for shard in shards]
+        self.fingerprint = fingerprint(hashes, list(hooks), chunk_rows, window_rows)
         self._blocks_per_chunk = max(1, chunk_rows // size)
         self.chunk_rows = self._blocks_per_chunk * size
         self._blocks_per_window = -(-(window_rows or chunk_rows) // size)

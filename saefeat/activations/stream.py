@@ -26,6 +26,7 @@ from saefeat.activations.sources import (
     RandomAccessSource,
     Source,
     TensorSource,
+    fingerprint,
 )
 from saefeat.activations.store_reader import open_store_sources
 from saefeat.activations.tokens import Tokens
@@ -305,6 +306,11 @@ class ActivationStream:
     def epochs_started(self) -> int:
         """Epochs that the training iteration begun last has started."""
         return 0 if self._training is None else self._training.epoch + 1
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash that differs where the training rows or their order would."""
+        return fingerprint(self._source.fingerprint, self.seed, self.batch_size, self.buffer_rows)
 
     @property
     def has_tokens(self) -> bool:
