@@ -47,6 +47,8 @@ class Source(Protocol):
     """Most rows that all items together can give."""
     chunk_rows: int
     """Most rows in a chunk."""
+    forward_bytes: int
+    """About the memory that making a chunk takes for a moment, besides the chunk itself."""
 
     def chunks(self, order: Order, left_out: LeftOut) -> Iterator[Chunk]:
         """The rows of the items `order` numbers, in that order; counts into `left_out`."""
@@ -60,6 +62,7 @@ class TensorSource:
         """`rows` numbers those rows of `tensors` that belong to this source."""
         self.n_items = self.n_rows = len(rows)
         self.chunk_rows = chunk_rows
+        self.forward_bytes = 0
         self._tensors = tensors
         self._rows = rows
 
@@ -94,6 +97,7 @@ class ModelSource:
         self.n_items = len(contexts)
         self.n_rows = int(tokens.counts[contexts.start : contexts.stop].sum())
         self.chunk_rows = contexts_per_forward * tokens.context_size
+        self.forward_bytes = reader.forward_bytes(contexts_per_forward, tokens.context_size)
         self._reader = reader
         self._tokens = tokens
         self._contexts = torch.arange(contexts.start, contexts.stop)

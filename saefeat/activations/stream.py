@@ -77,6 +77,16 @@ class ActivationStream:
         self.batch_size = batch_size
         self.buffer_rows = max(batch_size, min(buffer_rows, source.n_rows))
         self.seed = seed
+        self.device: torch.device = next(iter(example.values())).device
+        """Where the batches are."""
+        self.row_bytes: dict[str, int] = {
+            hook: x.shape[-1] * x.element_size() for hook, x in example.items()
+        }
+        """Memory of a row at each hook."""
+        self.chunk_rows: int = source.chunk_rows
+        """Most rows that the source gives at once."""
+        self.forward_bytes: int = source.forward_bytes
+        """About the memory that making them takes for a moment, besides the rows themselves."""
         self.model_name = model_name
         self.context_size: int | None = tokens.context_size if tokens else None
         self.prepend_bos: bool | None = tokens.prepend_bos if tokens else None
@@ -89,7 +99,6 @@ class ActivationStream:
         """Epochs that the training iteration begun last has started."""
         self._source = source
         self._held_out_source = held_out_source
-        self._row_bytes = sum(x.shape[-1] * x.element_size() for x in example.values())
 
     @classmethod
     def from_model(
@@ -223,7 +232,7 @@ class ActivationStream:
     @property
     def buffer_bytes(self) -> int:
         """Memory that the buffer takes while an iteration runs."""
-        return (self.buffer_rows + self._source.chunk_rows) * self._row_bytes
+        return (self.buffer_rows + self.chunk_rows) * sum(self.row_bytes.values())
 
     def __iter__(self) -> Iterator[Batch]:
         """One epoch of training batches; the last one may be smaller."""
@@ -255,6 +264,14 @@ class ActivationStream:
                 if n_left <= 0:
                     return
 
+    def sample_chunks(self, n_chunks: int) -> Iterator[Batch]:
+        """What the source gives first, as it gives it: not mixed, and counted nowhere.
+
+        For timing; it takes no buffer. There may be fewer than `n_chunks`.
+        """
+        order = np.random.default_rng([self.seed, 0]).permutation(self._source.n_items)
+        yield from itertools.islice(self._source.chunks(order, LeftOut()), n_chunks)
+
     def held_out_batches(self, n_rows: int | None = None) -> Iterator[Batch]:
         """Held-out rows in order, in batches of `batch_size` at most.
 
@@ -285,7 +302,7 @@ class ActivationStream:
         self.epochs_started = 0
 
     def _new_buffer(self) -> ShuffleBuffer:
-        return ShuffleBuffer(self.buffer_rows + self._source.chunk_rows)
+        return ShuffleBuffer(self.buffer_rows + self.chunk_rows)
 
     def _epoch(self, epoch: int, buffer: ShuffleBuffer, first_size: int) -> Iterator[Batch]:
         """Every row once, in batches: one of `first_size`, then whole ones, then what is left."""

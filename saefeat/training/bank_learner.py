@@ -133,10 +133,11 @@ class BankLearner:
                 encoded.append((key, learner.dictionary))
             else:
                 yield key, None
-        if encoded:
-            centred = x - mean
+        if not encoded:
+            return
+        centred = x - mean
         for group in groups([one.d_sae for _, one in encoded], len(x)):
-            keys, dictionaries = zip(*encoded[group], strict=True) if encoded else ((), ())
+            keys, dictionaries = zip(*encoded[group], strict=True)
             scores = shared_scores(
                 dictionaries, centred, mean, self.selection_dtype, self.scratch
             )
