@@ -138,9 +138,7 @@ class BankLearner:
         centred = x - mean
         for group in groups([one.d_sae for _, one in encoded], len(x)):
             keys, dictionaries = zip(*encoded[group], strict=True)
-            scores = shared_scores(
-                dictionaries, centred, mean, self.selection_dtype, self.scratch
-            )
+            scores = shared_scores(dictionaries, centred, mean, self.selection_dtype, self.scratch)
             yield from zip(keys, scores, strict=True)
 
     def _factors(self, key: Key) -> tuple[float, float]:

@@ -1,10 +1,12 @@
 """Whether a run fits on this machine, and which option would make it fit."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from saefeat.core import memory
+from saefeat.dictionaries.base import Dictionary
+from saefeat.training.bank import Key
 from saefeat.training.requirements import BATCHES, BUFFER, SCORES, WEIGHTS, Requirements
 
 Option = Callable[[Requirements], Iterator[tuple[str, Requirements]]]
@@ -87,9 +89,10 @@ def _advice(
 def _smaller_batches(run: Requirements) -> Iterator[tuple[str, Requirements]]:
     batch_size = 1 << (run.batch_size - 1).bit_length() >> 1
     while batch_size >= 16:
-        # Tensors are read by the batch; text in forwards and through a buffer of its own size.
-        rows = {} if run.is_text else {"buffer_rows": batch_size, "chunk_rows": batch_size}
-        yield f"batch_size={batch_size}", replace(run, batch_size=batch_size, **rows)
+        smaller = replace(run, batch_size=batch_size)
+        if not run.is_text:  # tensors are read by the batch
+            smaller = replace(smaller, buffer_rows=batch_size, chunk_rows=batch_size)
+        yield f"batch_size={batch_size}", smaller
         batch_size //= 2
 
 
@@ -144,12 +147,10 @@ def _restricted(run: Requirements, index: int, values: set[object]) -> Requireme
 
     remake = run.remake
 
-    def remade(factors: list[float]) -> dict:
-        return {
-            key: one
-            for key, one in remake(factors).items()
-            if index == 1 or key[index] in values
-        }
+    def remade(factors: Sequence[float]) -> dict[Key, Dictionary]:
+        made = {} if remake is None else remake(factors)
+        # Widths are what is remade; of hooks and seeds only those that are kept.
+        return {key: one for key, one in made.items() if index == 1 or key[index] in values}
 
     return replace(
         run,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from saefeat.activations.shuffle import ShuffleBuffer
 from saefeat.activations.stream import ActivationStream
@@ -80,6 +81,20 @@ class Plan:
         """Expected time of the run."""
         return self.language_model_seconds + self.dictionary_seconds
 
+    @property
+    def summary(self) -> str:
+        """The plan in a line."""
+        device = (
+            ""
+            if self.peak_device_bytes is None
+            else f" and {readable_bytes(self.peak_device_bytes)} on {self.device}"
+        )
+        return (
+            f"Planned: {self.n_dictionaries:,} dictionaries in about "
+            f"{readable_seconds(self.wall_seconds)}, {readable_bytes(self.peak_host_bytes)} of "
+            f"memory{device}, {readable_bytes(self.disk_bytes)} of disk."
+        )
+
     def to_dict(self) -> dict[str, object]:
         """All of it, ready for JSON."""
         return {**asdict(self), "wall_seconds": self.wall_seconds}
@@ -120,6 +135,7 @@ def plan(
     device: str | torch.device = "auto",
     kernels: str = "auto",
     log_every: int = 10,
+    progress: bool = True,
 ) -> Plan:
     """What `train` will cost with the same arguments; nothing is written.
 
@@ -139,6 +155,7 @@ def plan(
         device: As for `train`.
         kernels: As for `train`.
         log_every: As for `train`.
+        progress: Whether to draw a progress bar on standard error.
 
     Raises:
         ValueError: An option is out of range, or the run does not fit in memory or on the disk;
@@ -169,25 +186,29 @@ def plan(
     device_parts = run.device_parts
     if device_parts:
         device_parts = {"model": memory.device_bytes(device), **device_parts}
-    chunks, seconds_per_row, flops_per_row = measure_reading(stream)
-
+    alike = hooks_alike(run)
     dictionary_seconds = 0.0
-    rows = rows_of(chunks, stream.batch_size)
-    for alike, n_hooks in hooks_alike(run):
-        learner = BankLearner(
-            copies(stream, Bank(alike)) if isinstance(config, Bank) else blank_like(alike),
-            trained=isinstance(config, Bank),
-            n_tokens=n_tokens,
-            n_steps=run.n_steps,
-            device=device,
-            kernels=backend,
-            selection_dtype=fastest_dtype(device),
-        )
-        first, step = measure_steps(learner, rows, device)
-        dictionary_seconds += n_hooks * (first + step * n_tokens / stream.batch_size)
-    flops_per_step = sum(
-        step_flops(one, stream.batch_size) for one in run.dictionaries.values()
-    )
+    with tqdm(total=1 + len(alike), desc="planning", disable=not progress) as bar:
+        chunks, seconds_per_row, flops_per_row = measure_reading(stream)
+        bar.update()
+        rows = rows_of(chunks, stream.batch_size)
+        for dictionaries, n_hooks in alike:
+            learner = BankLearner(
+                copies(stream, Bank(dictionaries))
+                if isinstance(config, Bank)
+                else blank_like(dictionaries),
+                trained=isinstance(config, Bank),
+                n_tokens=n_tokens,
+                n_steps=run.n_steps,
+                device=device,
+                kernels=backend,
+                selection_dtype=fastest_dtype(device),
+            )
+            first, step = measure_steps(learner, rows, device)
+            dictionary_seconds += n_hooks * (first + step * n_tokens / stream.batch_size)
+            del learner  # before the next takes its memory
+            bar.update()
+    flops_per_step = sum(step_flops(one, stream.batch_size) for one in run.dictionaries.values())
     return Plan(
         n_dictionaries=len(run.dictionaries),
         n_parameters=run.n_parameters,
@@ -251,25 +272,26 @@ def measure_reading(stream: ActivationStream) -> tuple[list[dict[str, Tensor]], 
     buffer = ShuffleBuffer(2 * stream.chunk_rows)
     generator = np.random.default_rng(stream.seed)
 
-    def mix(chunk: dict[str, Tensor]) -> None:
-        n_rows = len(next(iter(chunk.values())))
-        buffer.add(chunk)
-        buffer.take(n_rows, generator)
+    def read_and_mix() -> dict[str, Tensor] | None:
+        chunk = next(source, None)
+        if chunk is not None:
+            buffer.add(chunk)
+            buffer.take(n_rows_of(chunk), generator)
+        return chunk
 
     while True:
-        chunk, reading = timed(lambda: next(source, None), stream.device)
+        chunk, taken = timed(read_and_mix, stream.device)
         if chunk is None:
             break
-        _, mixing = timed(lambda chunk=chunk: mix(chunk), stream.device)
         chunks.append(chunk)
-        seconds.append((reading + mixing) / len(next(iter(chunk.values()))))
+        seconds.append(taken / n_rows_of(chunk))
     if not chunks:
         raise ValueError("The text gave no rows to train on: no position of it counts.")
     flops = 0.0
     if stream.context_size is not None:
         with FlopCounterMode(display=False) as counter:
             (counted,) = stream.sample_chunks(1)
-        flops = counter.get_total_flops() / len(next(iter(counted.values())))
+        flops = counter.get_total_flops() / n_rows_of(counted)
     return chunks, statistics.median(seconds[WARM_UP_CHUNKS:] or seconds), flops
 
 
@@ -289,7 +311,9 @@ def hooks_alike(run: Requirements) -> list[tuple[dict[Key, Dictionary], int]]:
     """The dictionaries of one hook for each set of shapes and recipes, and how many have it."""
     found: dict[object, tuple[dict[Key, Dictionary], int]] = {}
     for dictionaries in run.by_hook.values():
-        shapes = tuple((one.config, one.d_in, one.d_sae, one.d_out) for one in dictionaries.values())
+        shapes = tuple(
+            (one.config, one.d_in, one.d_sae, one.d_out) for one in dictionaries.values()
+        )
         first, n_hooks = found.get(shapes, (dictionaries, 0))
         found[shapes] = (first, n_hooks + 1)
     return list(found.values())
@@ -308,9 +332,14 @@ def blank_like(dictionaries: Mapping[Key, Dictionary]) -> dict[Key, Dictionary]:
 def rows_of(chunks: Sequence[Mapping[str, Tensor]], n_rows: int) -> dict[str, Tensor]:
     """A batch of `n_rows` rows out of chunks, repeated where they are too few."""
     rows = {hook: torch.cat([chunk[hook] for chunk in chunks]) for hook in chunks[0]}
-    n_found = len(next(iter(rows.values())))
+    n_found = n_rows_of(rows)
     places = torch.arange(n_rows) % n_found
     return {hook: x.index_select(0, places.to(x.device)) for hook, x in rows.items()}
+
+
+def n_rows_of(rows: Mapping[str, Tensor]) -> int:
+    """Rows of a chunk or batch."""
+    return len(next(iter(rows.values())))
 
 
 def load_libraries(device: torch.device, kernels: Kernels) -> None:
