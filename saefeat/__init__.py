@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from saefeat.report.measure import measure as measure
     from saefeat.report.record import Report as Report
     from saefeat.training.bank import Bank as Bank
+    from saefeat.training.plan import Plan as Plan
+    from saefeat.training.plan import plan as plan
     from saefeat.training.trainer import train as train
 
 _HOMES = {
@@ -38,6 +40,7 @@ _HOMES = {
     "Bank": "saefeat.training.bank",
     "Codes": "saefeat.kernels.codes",
     "Dictionary": "saefeat.dictionaries.base",
+    "Plan": "saefeat.training.plan",
     "Report": "saefeat.report.record",
     "Tokens": "saefeat.activations.tokens",
     "StandardConfig": "saefeat.dictionaries.standard",
@@ -52,6 +55,7 @@ _HOMES = {
     "load_model": "saefeat.models.load",
     "load_tokens": "saefeat.activations.tokens",
     "measure": "saefeat.report.measure",
+    "plan": "saefeat.training.plan",
     "read_activations": "saefeat.activations.hooks",
     "train": "saefeat.training.trainer",
 }

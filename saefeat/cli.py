@@ -7,9 +7,14 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+
+from saefeat.job import Job
+
+Flags = Annotated[Job, tyro.conf.arg(name="")]
+"""A job whose fields are flags of the command itself."""
 
 
 def demo(
@@ -91,6 +96,57 @@ def cache(
     )
 
 
+def plan(job: Flags, out: Path = Path("saefeat-run"), json: bool = False) -> None:
+    """Say what a training run costs in memory, disk, FLOPs and time, before anything starts.
+
+    A run that does not fit is refused, with the option that would make it fit.
+
+    Example: saefeat plan --expansion-factors 4 8 --tokens 2000000
+
+    Args:
+        job: The run.
+        out: The folder that the run would make. Nothing is written there.
+        json: Print JSON instead of a table.
+    """
+    from json import dumps
+
+    from saefeat.core.files import check_unclaimed
+
+    check_unclaimed(out)
+    job.config()
+    cost = job.plan(job.stream(), out)
+    print(dumps(cost.to_dict(), indent=2) if json else cost)
+
+
+def train(job: Flags, out: Path = Path("saefeat-run")) -> None:
+    """Train dictionaries of every hook, width and seed in one pass over the text.
+
+    A run that does not fit in memory or on the disk is refused before it starts.
+
+    Example: saefeat train --hooks blocks.15.hook_resid_post --expansion-factors 4 8 --out runs/x
+
+    Args:
+        job: The run.
+        out: A new folder for the trained dictionaries.
+    """
+    from saefeat.core.files import check_unclaimed
+
+    check_unclaimed(out)
+    job.config()
+    stream = job.stream()
+    print(job.plan(stream, out).summary, flush=True)
+    bank = job.train(stream, out)
+    print(f"{bank}: {out}/saes (SAELens opens them too)")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "plan": plan,
+    "cache": cache,
+    "train": train,
+}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command `saefeat`. Exits with 2 and one line on a bad option or input."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -110,7 +166,7 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
     try:
         with redirect_stderr(complaint):
             command: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
-                {"demo": _unstarted(demo), "cache": _unstarted(cache)},
+                {name: _unstarted(command) for name, command in COMMANDS.items()},
                 prog="saefeat",
                 description="Sparse dictionaries on language models. --debug shows tracebacks.",
                 args=arguments,

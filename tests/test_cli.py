@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 from tiny_models import VOCABULARY, save_tiny_llama
 
 import saefeat as sf
+from saefeat.dictionaries.registry import KINDS
+from saefeat.job import Job, Kind
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,40 @@ def test_help_of_cache_shows_an_example():
     assert "blocks.*.hook_resid_post" in finished.stdout
 
 
+SMALL = ("--tokens", 2000, "--batch-size", 256, "--context-size", 16, "--buffer-rows", 512)
+
+
+def test_a_plan_is_a_table_or_json_and_leaves_nothing(local_model, text, tmp_path):
+    out = tmp_path / "out"
+    options = ("--model", local_model, "--text", text, *SMALL, "--k", 4, "--out", out)
+    table = saefeat("plan", *options, "--expansion-factors", 2, 4)
+    assert table.returncode == 0, table.stderr
+    assert "6 dictionaries" in table.stdout
+    assert "host memory" in table.stdout
+    planned = json.loads(saefeat("plan", *options, "--json").stdout)
+    assert planned["n_dictionaries"] == 3
+    assert planned["wall_seconds"] > 0
+    assert planned["peak_host_bytes"] == sum(planned["host_parts"].values())
+    assert not out.exists()
+
+
+def test_training_says_what_it_will_cost_and_then_writes_the_bank(local_model, text, tmp_path):
+    out = tmp_path / "out"
+    options = ("--model", local_model, "--text", text, *SMALL, "--out", out)
+    kind = ("--kind", "jumprelu", "--target-l0", 8, "--hooks", "blocks.[12].hook_resid_post")
+    finished = saefeat("train", *options, *kind, "--seeds", 0, 1)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.startswith("Planned: 4 dictionaries in about ")
+    assert f"{out}/saes" in finished.stdout
+    assert "training: 100%" in finished.stderr
+    bank = sf.Bank.load(out)
+    hooks = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
+    assert set(bank) == {(hook, 8.0, seed) for hook in hooks for seed in (0, 1)}
+    assert bank[hooks[0], 8, 0].config.target_l0 == 8
+    again = saefeat("train", *options)
+    assert_refused(again, "never overwrites")
+
+
 def assert_refused(finished, message):
     assert finished.returncode == 2
     (line,) = finished.stderr.strip().splitlines()
@@ -98,10 +135,24 @@ def assert_refused(finished, message):
         (["cache", "--text", "x", "--tokens", "0"], "too few"),
         (["demo", "--tokens", "3"], "too few"),
         (["demo", "--model", "./nowhere", "--out", "unmade"], "no model folder at ./nowhere"),
+        (["plan", "--model", "./nowhere"], "no model folder at ./nowhere"),
+        (["train", "--tokens", "0", "--out", "unmade"], "--tokens must be 1 or more"),
+        (["train", "--kind", "sparse"], "sparse"),
+        (["train", "--kind", "gated", "--k", "4"], "gated has no --k. Say how many latents"),
+        (["plan", "--target-l0", "4"], "with --k, or choose another --kind"),
     ],
 )
 def test_a_bad_option_is_one_line_and_exit_code_2(arguments, message):
     assert_refused(saefeat(*arguments), message)
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_a_run_that_does_not_fit_is_one_line_with_an_option(command, local_model, text, tmp_path):
+    out = tmp_path / "out"
+    options = ("--model", local_model, "--text", text, *SMALL, "--out", out)
+    finished = saefeat(command, *options, "--expansion-factors", 1e8)
+    assert_refused(finished, "It fits with ")
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -131,8 +182,14 @@ def test_debug_shows_the_traceback():
     assert "Traceback" in finished.stderr
 
 
-def test_help_shows_defaults_and_an_example():
-    finished = saefeat("demo", "--help")
+@pytest.mark.parametrize("command", ["demo", "plan", "train"])
+def test_help_shows_defaults_and_an_example(command):
+    finished = saefeat(command, "--help")
     assert finished.returncode == 0
     assert "smollm2-135m" in finished.stdout
-    assert "Example: saefeat demo" in finished.stdout
+    assert f"Example: saefeat {command}" in finished.stdout
+
+
+def test_every_kind_of_dictionary_has_a_name_on_the_command_line():
+    kinds = [Job(kind=name).config_type for name in get_args(Kind)]
+    assert sorted(map(str, kinds)) == sorted(str(kind.config_type) for kind in KINDS)

@@ -145,6 +145,19 @@ class HookReader:
             [one.detach().flatten()[:4].float().cpu() for one in self._model.parameters()]
         )
 
+    def forward_bytes(self, n_contexts: int, n_positions: int) -> int:
+        """About the memory that a forward takes for a moment, by the sizes in the model's cfg.
+
+        Of one layer, since no layer outlives its turn: the residual stream with what is normed
+        and projected from it (8 vectors), the MLP's hidden units (4), and attention's scores and
+        pattern where they are written out. In float32; 0 where the model states no sizes.
+        """
+        cfg = getattr(self._model, "cfg", None)
+        d_model, d_mlp, n_heads = (
+            getattr(cfg, name, None) or 0 for name in ("d_model", "d_mlp", "n_heads")
+        )
+        return 4 * n_contexts * n_positions * (8 * d_model + 4 * d_mlp + 2 * n_heads * n_positions)
+
     def _copy(self, name: str, value: Any, batch_shape: torch.Size) -> Tensor:
         """Copies one hook's value into its buffer, and gives the part that it fills."""
         n_contexts, n_positions = batch_shape

@@ -73,6 +73,8 @@ class Source(Protocol):
     """Whether each row is that of a token, at a position of a context."""
     fingerprint: str
     """A hash that differs where the rows or their order would; of large data, of a sample."""
+    forward_bytes: int
+    """About the memory that making a chunk takes for a moment, besides the chunk itself."""
 
     def chunks(
         self, order: Order, progress: Progress, with_tokens: bool = False
@@ -118,6 +120,7 @@ class TensorSource:
         sampled = rows[:: max(1, len(rows) // SAMPLED_ROWS)]
         samples = [x[sampled.to(x.device)] for x in tensors.values()]
         self.fingerprint = fingerprint(list(tensors), chunk_rows, rows, *samples)
+        self.forward_bytes = 0
         self._tensors = tensors
         self._rows = rows
 
@@ -163,6 +166,7 @@ class ModelSource:
             tokens.counts[contexts.start : contexts.stop],
             reader.weight_sample(),
         )
+        self.forward_bytes = reader.forward_bytes(contexts_per_forward, tokens.context_size)
         self._reader = reader
         self._tokens = tokens
         self._contexts = torch.arange(contexts.start, contexts.stop)

@@ -73,6 +73,7 @@ class StoreSource:
         self.fingerprint = fingerprint(hashes, list(hooks), chunk_rows, window_rows)
         self._blocks_per_chunk = max(1, chunk_rows // size)
         self.chunk_rows = self._blocks_per_chunk * size
+        self.forward_bytes = 0
         self._blocks_per_window = -(-(window_rows or chunk_rows) // size)
         self._is_mixed = window_rows is not None
         self._hooks = list(hooks)

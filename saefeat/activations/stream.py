@@ -3,6 +3,7 @@
 Shape letters: n rows, d width of a hook.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,16 @@ class ActivationStream:
         self.batch_size = batch_size
         self.buffer_rows = max(batch_size, min(buffer_rows, source.n_rows))
         self.seed = seed
+        self.device: torch.device = next(iter(example.values())).device
+        """Where the batches are."""
+        self.row_bytes: dict[str, int] = {
+            hook: x.shape[-1] * x.element_size() for hook, x in example.items()
+        }
+        """Memory of a row at each hook."""
+        self.chunk_rows: int = source.chunk_rows
+        """Most rows that the source gives at once."""
+        self.forward_bytes: int = source.forward_bytes
+        """About the memory that making them takes for a moment, besides the rows themselves."""
         self.model_name = model_name
         self.context_size: int | None = tokens.context_size if tokens else None
         self.prepend_bos: bool | None = tokens.prepend_bos if tokens else None
@@ -96,7 +107,6 @@ class ActivationStream:
         self._training: TrainingBatches | None = None
         self._source = source
         self._held_out_source = held_out_source
-        self._row_bytes = sum(x.shape[-1] * x.element_size() for x in example.values())
 
     @classmethod
     def from_model(
@@ -290,7 +300,7 @@ class ActivationStream:
         """Memory that the buffer takes while an iteration runs."""
         if isinstance(self._source, RandomAccessSource):
             return self._source.buffer_bytes
-        return (self.buffer_rows + self._source.chunk_rows) * self._row_bytes
+        return (self.buffer_rows + self.chunk_rows) * sum(self.row_bytes.values())
 
     @property
     def n_rows(self) -> int:
@@ -371,6 +381,14 @@ class ActivationStream:
             )
         self._training, self.left_out = batches, batches.left_out
         return batches
+
+    def sample_chunks(self, n_chunks: int) -> Iterator[Batch]:
+        """What the source gives first, as it gives it: not mixed, and counted nowhere.
+
+        For timing; it takes no buffer. There may be fewer than `n_chunks`.
+        """
+        order = np.random.default_rng([self.seed, 0]).permutation(self._source.n_items)
+        yield from itertools.islice(self._source.chunks(order, Progress()), n_chunks)
 
     def held_out_batches(
         self, n_rows: int | None = None, *, with_tokens: bool = False

@@ -1,6 +1,5 @@
 """`train`: a bank of dictionaries from one pass over a stream."""
 
-import copy
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,12 +13,14 @@ from tqdm import tqdm
 from saefeat.activations.stream import ActivationStream
 from saefeat.core.devices import fastest_dtype, resolve_device
 from saefeat.core.files import claim_folder, write_json
-from saefeat.dictionaries.base import Dictionary, DictionaryConfig, Origin
-from saefeat.dictionaries.registry import dictionary_type
+from saefeat.dictionaries.base import Dictionary, DictionaryConfig
 from saefeat.kernels.dispatch import choose_kernels
 from saefeat.training.bank import Bank, Key
 from saefeat.training.bank_learner import BankLearner
+from saefeat.training.fitting import check_fit
 from saefeat.training.loggers import MetricsFile
+from saefeat.training.new_bank import blank_dictionaries, copies
+from saefeat.training.requirements import Requirements
 
 
 def train(
@@ -35,6 +36,7 @@ def train(
     kernels: str = "auto",
     log_every: int = 10,
     progress: bool = True,
+    check_memory: bool = True,
 ) -> Bank:
     """Train one dictionary for every hook, expansion factor and seed, all in the same pass.
 
@@ -59,13 +61,16 @@ def train(
         kernels: "auto", or a backend by name; the choice is written to `config.json`.
         log_every: Steps between records in `metrics.jsonl`.
         progress: Whether to draw a progress bar on standard error.
+        check_memory: Whether to refuse, before anything is made, a run that will not fit in the
+            memory or on the disk that are free; `plan` says what it would take.
 
     Returns:
         The dictionaries, reading raw activations (the scale of training is folded in).
 
     Raises:
         ValueError: An option is out of range, an activation is not finite, a hook is constant,
-            or a loss stops being finite; hook and step are named.
+            or a loss stops being finite; hook and step are named. Or the run does not fit; an
+            option with which it does is named.
         FileExistsError: `out` already holds files.
     """
     if n_tokens < 1 or log_every < 1:
@@ -75,10 +80,22 @@ def train(
     device = resolve_device(device)
     kernel_name, backend = choose_kernels(kernels, device)
     further = isinstance(config, Bank)
+    if check_memory:
+        run_size = Requirements.of(
+            stream,
+            config,
+            expansion_factors=expansion_factors,
+            seeds=seeds,
+            targets=targets,
+            n_tokens=n_tokens,
+            log_every=log_every,
+            device=device,
+        )
+        check_fit(run_size, None if out is None else Path(out))
     dictionaries = (
-        _copies(stream, config)
+        copies(stream, config)
         if isinstance(config, Bank)
-        else _blank_dictionaries(stream, config, expansion_factors, seeds, targets)
+        else blank_dictionaries(stream, config, expansion_factors, seeds, targets)
     )
     learner = BankLearner(
         dictionaries,
@@ -144,68 +161,6 @@ def _described(key: Key, dictionary: Dictionary) -> dict[str, object]:
         "architecture": dictionary.architecture,
         "config": asdict(dictionary.config),
     }
-
-
-def _copies(stream: ActivationStream, bank: Bank) -> dict[Key, Dictionary]:
-    for key, dictionary in bank.items():
-        for hook_name, width in (
-            (key[0], dictionary.d_in),
-            (bank.targets[key], dictionary.d_out),
-        ):
-            if stream.widths.get(hook_name) != width:
-                raise ValueError(
-                    f"The dictionary {key} has width {width} at {hook_name}, where the stream "
-                    f"has {stream.widths.get(hook_name, 'nothing')}. Make the stream with the "
-                    "hooks of the bank, on the model that it was trained on."
-                )
-    copies = {key: copy.deepcopy(one).float().requires_grad_(True) for key, one in bank.items()}
-    for (hook_name, expansion_factor, seed), one in copies.items():
-        one.with_origin(hook_name=hook_name, expansion_factor=expansion_factor, seed=seed)
-    return copies
-
-
-def _blank_dictionaries(
-    stream: ActivationStream,
-    config: DictionaryConfig,
-    expansion_factors: Sequence[float],
-    seeds: Sequence[int],
-    targets: Mapping[str, str] | None,
-) -> dict[Key, Dictionary]:
-    for name, values in (("expansion_factors", expansion_factors), ("seeds", seeds)):
-        if not values or len(set(values)) != len(values):
-            raise ValueError(f"{name} must name each value once and at least one, got {values}.")
-    for hook_name in {*(targets or {}).keys(), *(targets or {}).values()}:
-        if hook_name not in stream.hooks:
-            raise ValueError(
-                f"targets names {hook_name!r}, which the stream does not read; it reads "
-                f"{', '.join(stream.hooks)}. Make the stream with both hooks of each transcoder."
-            )
-    kind = dictionary_type(config)
-    dictionaries = {}
-    for hook_name in stream.hooks if targets is None else targets:
-        target = None if targets is None else targets[hook_name]
-        d_in = stream.widths[hook_name]
-        for expansion_factor in expansion_factors:
-            d_sae = round(expansion_factor * d_in)
-            if d_sae < 1:
-                raise ValueError(
-                    f"Expansion factor {expansion_factor:g} gives {hook_name} (width {d_in}) "
-                    f"{expansion_factor * d_in:g} latents. It must be at least {1 / d_in:.2g}."
-                )
-            for seed in seeds:
-                origin = Origin(
-                    hook_name=hook_name,
-                    target_hook_name=target,
-                    model_name=stream.model_name,
-                    expansion_factor=expansion_factor,
-                    seed=seed,
-                    context_size=stream.context_size,
-                    prepend_bos=stream.prepend_bos,
-                )
-                key = (hook_name, expansion_factor, seed)
-                d_out = None if target is None else stream.widths[target]
-                dictionaries[key] = kind(config, d_in, d_sae, origin, d_out)
-    return dictionaries
 
 
 @contextmanager

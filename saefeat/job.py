@@ -1,0 +1,163 @@
+"""A run described by flags: which model, text, hooks and dictionaries; one pass; one folder."""
+
+from __future__ import annotations
+
+import sysconfig
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # A command line that only shows its help need not wait for torch.
+    from saefeat.activations.stream import ActivationStream
+    from saefeat.dictionaries.base import DictionaryConfig
+    from saefeat.training.bank import Bank
+    from saefeat.training.plan import Plan
+
+Kind = Literal[
+    "standard", "gated", "topk", "batch-topk", "jumprelu", "matryoshka", "matching-pursuit"
+]
+"""Kinds of dictionary by name; see `Job.config_type`."""
+
+RIVALS = {"k": "target_l0", "target_l0": "k"}
+"""The two ways to say how many latents are on; a kind has one of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What `saefeat plan` costs and `saefeat train` runs."""
+
+    model: str = "smollm2-135m"
+    """"smollm2-135m", a Hugging Face name, or the folder of a model."""
+    text: Path | None = None
+    """A text file or folder. Default: the sources of Python's standard library."""
+    hooks: tuple[str, ...] = ("blocks.*.hook_resid_post",)
+    """Hook points, or patterns of their names."""
+    kind: Kind = "topk"
+    """Kind of dictionary."""
+    k: int | None = None
+    """Latents on per token, for kinds that keep a number of them. Default: 32."""
+    target_l0: float | None = None
+    """Latents on per token to steer for, for kinds with a penalty. Default: a fixed penalty."""
+    expansion_factors: tuple[float, ...] = (8,)
+    """Latents per neuron; one dictionary for each."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the initial weights; one dictionary for each."""
+    tokens: int = 1_000_000
+    """Activations to train on, a row for each token; more than the text has means epochs."""
+    batch_size: int = 4096
+    """Rows in a step."""
+    buffer_rows: int | None = None
+    """Rows that are mixed. Default: 16 batches, and no fewer than 65,536."""
+    context_size: int = 128
+    """Tokens in a context, or as many as the model reads if fewer."""
+    learning_rate: float | None = None
+    """Peak learning rate of Adam. Default: by width and steps."""
+    seed: int = 0
+    """Seed of the order of the text."""
+    log_every: int = 10
+    """Steps between records in metrics.jsonl."""
+    device: str = "auto"
+    """"auto" is CUDA where there is one, else "cpu"."""
+
+    def config(self) -> DictionaryConfig:
+        """The recipe of the dictionaries.
+
+        Raises:
+            ValueError: An option does not belong to this kind.
+        """
+        config_type = self.config_type
+        known = {field.name for field in fields(config_type)}
+        chosen = {
+            name: value
+            for name in ("k", "target_l0", "learning_rate")
+            if (value := getattr(self, name)) is not None
+        }
+        for name in chosen:
+            if name not in known:
+                other = RIVALS[name]
+                raise ValueError(
+                    f"{self.kind} has no {_flag(name)}. Say how many latents are on with "
+                    f"{_flag(other)}, or choose another --kind."
+                )
+        return config_type(**chosen)
+
+    @property
+    def config_type(self) -> type[DictionaryConfig]:
+        """The config of `kind`, which is an architecture's name but for its hyphens."""
+        from saefeat.dictionaries.registry import ARCHITECTURES
+
+        name = self.kind.replace("-", "_")
+        if name == "matching_pursuit":
+            name = "matching_pursuit_refit"
+        return ARCHITECTURES[name].config_type
+
+    def stream(self) -> ActivationStream:
+        """The activations; the model is loaded, and the text tokenised.
+
+        Raises:
+            ValueError: The text is empty, or an option is out of range.
+            OSError: There is no such model or text.
+        """
+        from saefeat.activations.stream import ActivationStream
+        from saefeat.activations.tokens import load_tokens
+        from saefeat.models.load import load_model
+        from saefeat.models.packaged import quiet_transformers
+
+        if self.tokens < 1:
+            raise ValueError(f"--tokens must be 1 or more, got {self.tokens}.")
+        with quiet_transformers():
+            model = load_model(self.model, device=self.device)
+        context_size = min(self.context_size, model.cfg.n_ctx)
+        tokens = load_tokens(
+            Path(sysconfig.get_path("stdlib")) if self.text is None else self.text,
+            tokenizer=model.tokenizer,
+            context_size=context_size,
+            # A tenth is held out, and another is room for BOS, separators and attention sinks.
+            max_tokens=int(1.25 * self.tokens) + 2 * context_size,
+            pattern="**/*.py" if self.text is None else "**/*",
+            seed=self.seed,
+        )
+        return ActivationStream.from_model(
+            model,
+            tokens,
+            hooks=self.hooks,
+            batch_size=self.batch_size,
+            buffer_rows=self.buffer_rows,
+            seed=self.seed,
+        )
+
+    def plan(self, stream: ActivationStream, out: Path, *, progress: bool = True) -> Plan:
+        """What the run will cost; see `saefeat.plan`."""
+        from saefeat.training.plan import plan
+
+        return plan(
+            stream,
+            self.config(),
+            expansion_factors=self.expansion_factors,
+            seeds=self.seeds,
+            n_tokens=self.tokens,
+            out=out,
+            device=self.device,
+            log_every=self.log_every,
+            progress=progress,
+        )
+
+    def train(self, stream: ActivationStream, out: Path, *, progress: bool = True) -> Bank:
+        """The trained dictionaries, which are in `out` too; see `saefeat.train`."""
+        from saefeat.training.trainer import train
+
+        return train(
+            stream,
+            self.config(),
+            expansion_factors=self.expansion_factors,
+            seeds=self.seeds,
+            n_tokens=self.tokens,
+            out=out,
+            device=self.device,
+            log_every=self.log_every,
+            progress=progress,
+        )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

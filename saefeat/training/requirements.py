@@ -1,0 +1,267 @@
+"""What a run will take of memory and disk, worked out from its sizes before anything is made.
+
+Shape letters: n rows in a batch, d width of a hook, d_sae latents, nnz entries of sparse codes.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from saefeat.activations.stream import ActivationStream
+from saefeat.core.devices import fastest_dtype
+from saefeat.dictionaries.auxiliary import AuxiliaryConfig
+from saefeat.dictionaries.base import Dictionary, DictionaryConfig
+from saefeat.dictionaries.jump_relu import JumpReLUConfig
+from saefeat.dictionaries.matching_pursuit import MatchingPursuitConfig
+from saefeat.dictionaries.matryoshka import MatryoshkaConfig
+from saefeat.dictionaries.penalty import PenalisedConfig
+from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
+from saefeat.dictionaries.topk import RankedConfig
+from saefeat.kernels.compiled_pursuit import ROWS_AT_ONCE
+from saefeat.training.bank import Bank, Key
+from saefeat.training.bank_learner import INITIAL_ROWS
+from saefeat.training.new_bank import blank_dictionaries
+from saefeat.training.shared_scores import groups
+
+PARAMETER_BYTES = 16
+"""Of a weight: itself, its gradient and Adam's two means, in float32."""
+ENTRY_BYTES = 70
+"""Of a stored entry of the codes: its place, its value and gradient, and the order by latent."""
+INITIAL_SCORE_BYTES = 16
+"""Of a score from which a penalised kind finds its first threshold: itself, and what sorts it."""
+DEAD_SHARE = 0.1
+"""Share of the latents that are taken to be dead, whose weights the auxiliary loss copies."""
+RECORD_BYTES = 320
+"""Of a line in `metrics.jsonl`."""
+JSON_BYTES = 3000
+"""Of the JSON beside a dictionary's weights, and of its entry in `config.json`."""
+
+BUFFER, WEIGHTS, SCORES, BATCHES = (
+    "shuffle buffer",
+    "weights, gradients, Adam",
+    "encoders and scores",
+    "batches",
+)
+"""Parts of the memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requirements:
+    """The sizes of a run, and what follows from them.
+
+    Memory is what the run takes beyond what the process holds when it begins. It is the sum of
+    what lasts (the shuffle buffer; weights, gradients and Adam; the encoders and scores of the
+    largest group of dictionaries) and the most of what comes and goes: a step, the first step,
+    or the reading of activations.
+    """
+
+    dictionaries: Mapping[Key, Dictionary]
+    """What is trained; only the shapes count, and the weights may be on the meta device."""
+    remake: Callable[[Sequence[float]], Mapping[Key, Dictionary]] | None
+    """The dictionaries of other expansion factors; None where they are trained already."""
+    row_bytes: Mapping[str, int]
+    """Of a raw row at each hook of the stream."""
+    is_text: bool
+    """Whether a language model makes the rows; else they are there, and read by the batch."""
+    batch_size: int
+    buffer_rows: int
+    chunk_rows: int
+    forward_bytes: int
+    stream_device: torch.device
+    n_tokens: int
+    log_every: int
+    device: torch.device
+    """Where the dictionaries are trained."""
+
+    @classmethod
+    def of(
+        cls,
+        stream: ActivationStream,
+        config: DictionaryConfig | Bank,
+        *,
+        expansion_factors: Sequence[float],
+        seeds: Sequence[int],
+        targets: Mapping[str, str] | None,
+        n_tokens: int,
+        log_every: int,
+        device: torch.device,
+    ) -> "Requirements":
+        """Those of `train` with the same arguments; no memory is taken for the dictionaries.
+
+        Raises:
+            ValueError: The options make no bank; see `blank_dictionaries`.
+        """
+
+        def remake(factors: Sequence[float]) -> Mapping[Key, Dictionary]:
+            if isinstance(config, Bank):
+                return config
+            with torch.device("meta"):
+                return blank_dictionaries(stream, config, factors, seeds, targets)
+
+        return cls(
+            dictionaries=remake(expansion_factors),
+            remake=None if isinstance(config, Bank) else remake,
+            row_bytes=stream.row_bytes,
+            is_text=stream.context_size is not None,
+            batch_size=stream.batch_size,
+            buffer_rows=stream.buffer_rows,
+            chunk_rows=stream.chunk_rows,
+            forward_bytes=stream.forward_bytes,
+            stream_device=stream.device,
+            n_tokens=n_tokens,
+            log_every=log_every,
+            device=device,
+        )
+
+    @property
+    def n_steps(self) -> int:
+        return math.ceil(self.n_tokens / self.batch_size)
+
+    @property
+    def n_parameters(self) -> int:
+        """Weights of all dictionaries together."""
+        return sum(_n_parameters(one) for one in self.dictionaries.values())
+
+    @property
+    def activation_bytes(self) -> int:
+        """What flows out of the stream over the whole run."""
+        return self.n_tokens * sum(self.row_bytes.values())
+
+    @property
+    def host_parts(self) -> dict[str, int]:
+        """Host memory by part. Apple's GPUs share it, and count here."""
+        return self._parts_on(is_cuda=False)
+
+    @property
+    def device_parts(self) -> dict[str, int]:
+        """Memory of the CUDA device by part; none without one."""
+        return self._parts_on(is_cuda=True)
+
+    @property
+    def metrics_bytes(self) -> int:
+        """Of `metrics.jsonl`."""
+        n_records = math.ceil(self.n_steps / self.log_every) + 1
+        return n_records * len(self.dictionaries) * RECORD_BYTES
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of the run's folder."""
+        weights = sum(
+            tensor.numel() * 4
+            for one in self.dictionaries.values()
+            for tensor in one.file_tensors().values()
+        )
+        return weights + len(self.dictionaries) * JSON_BYTES + self.metrics_bytes
+
+    @property
+    def by_hook(self) -> dict[str, dict[Key, Dictionary]]:
+        """The dictionaries by the hook that they read."""
+        grouped: dict[str, dict[Key, Dictionary]] = {}
+        for key, one in self.dictionaries.items():
+            grouped.setdefault(key[0], {})[key] = one
+        return grouped
+
+    def _parts_on(self, *, is_cuda: bool) -> dict[str, int]:
+        learning = (self.device.type == "cuda") == is_cuda
+        reading = (self.stream_device.type == "cuda") == is_cuda
+        row = sum(self.row_bytes.values())
+        batch, chunk = self.batch_size * row, self.chunk_rows * row
+        n_parameters = self.n_parameters
+        lasting: dict[str, int] = {}
+        if reading:
+            # Also what the hooks are copied into, which each forward reuses.
+            lasting[BUFFER] = (self.buffer_rows + self.chunk_rows) * row + chunk * self.is_text
+        if learning:
+            n_latents = sum(one.d_sae for one in self.dictionaries.values())
+            lasting[WEIGHTS] = PARAMETER_BYTES * n_parameters + 8 * n_latents
+            lasting[SCORES] = self._score_bytes()
+        elif self.device.type == "cuda":
+            # Made on the host, and brought back to it.
+            lasting[WEIGHTS] = 4 * n_parameters
+        # A source keeps its last chunk, and the loop its last batch, until they have the next.
+        moments = [chunk + 2 * batch, batch + 3 * chunk + self.forward_bytes] if reading else [0]
+        if learning:
+            read = (chunk + batch) if reading else 0
+            moments.append(read + self._step_bytes())
+            begun = 8 * n_parameters + read + self._first_step_bytes()
+            moments.append(begun - lasting[WEIGHTS] - lasting[SCORES])
+        parts = {**lasting, BATCHES: max(moments)}
+        return {name: n_bytes for name, n_bytes in parts.items() if n_bytes}
+
+    def _score_bytes(self) -> int:
+        """What `shared_scores` and a pursuit keep, or make anew each time at the same size."""
+        size = fastest_dtype(self.device).itemsize
+        rows = encoders = scores = pursuit = 0
+        for learners in self.by_hook.values():
+            encoded = [one for one in learners.values() if isinstance(one, SparseAutoencoder)]
+            for one in learners.values():
+                if not isinstance(one, SparseAutoencoder):
+                    n_rows = min(self.batch_size, ROWS_AT_ONCE)
+                    pursuit = max(pursuit, 4 * one.d_sae * (one.d_sae + n_rows))
+            widths = [one.d_sae for one in encoded]
+            for group in groups(widths, self.batch_size) if encoded else ():
+                d_in, width = encoded[0].d_in, sum(widths[group])
+                rows = max(rows, self.batch_size * d_in)
+                encoders = max(encoders, width * d_in)
+                scores = max(scores, self.batch_size * width)
+        return size * (rows + encoders + scores) + pursuit
+
+    def _scaled_bytes(self) -> int:
+        """The batch in float32, scaled, at every hook that takes part; and unscaled at one."""
+        widths: dict[str, int] = {}
+        for key, one in self.dictionaries.items():
+            widths[key[0]] = one.d_in
+            widths[one.origin.target_hook_name or key[0]] = one.d_out
+        return 4 * self.batch_size * (sum(widths.values()) + max(widths.values()))
+
+    def _step_bytes(self) -> int:
+        n = self.batch_size
+        most = 0
+        for one in self.dictionaries.values():
+            nnz = int(n * entries_per_row(one))
+            n_blocks = (
+                len(one.config.prefix_fractions) if isinstance(one.config, MatryoshkaConfig) else 1
+            )
+            # Rows less their mean, rows less b_dec, and a residual for each block.
+            needed = 4 * n * (2 * one.d_in + (n_blocks + 1) * one.d_out) + ENTRY_BYTES * nnz
+            if isinstance(one.config, AuxiliaryConfig) and one.config.auxiliary_weight:
+                # Encoder and decoder of dead latents, their gradients, and a quarter of the rows.
+                copied = int(DEAD_SHARE * one.d_sae) * 2 + n // 4
+                needed += 4 * copied * (one.d_in + one.d_out)
+            most = max(most, needed)
+        return self._scaled_bytes() + most
+
+    def _first_step_bytes(self) -> int:
+        """What initialisation takes: drawn rows, and scores where a kind looks at them."""
+        n = min(self.batch_size, INITIAL_ROWS)
+        most = 0
+        for one in self.dictionaries.values():
+            drawn = 4 * 2 * one.d_sae * one.d_out
+            scored = 0
+            if isinstance(one.config, PenalisedConfig):
+                scored = INITIAL_SCORE_BYTES * n * one.d_sae + 4 * n * one.d_in
+            elif one.is_transcoder:
+                scored = 8 * n * one.d_sae + 8 * n * one.d_in
+            most = max(most, drawn, scored)
+        return self._scaled_bytes() + most
+
+
+def entries_per_row(dictionary: Dictionary) -> float:
+    """Entries of the codes that a token is expected to have in a step.
+
+    A penalised kind starts from `initial_l0` and moves away from it, to where nobody knows; for
+    JumpReLU the window of its thresholds adds about twice as many.
+    """
+    config, d_sae = dictionary.config, dictionary.d_sae
+    if isinstance(config, RankedConfig | MatchingPursuitConfig):
+        return float(config.k)
+    if isinstance(config, PenalisedConfig):
+        window = 3 if isinstance(config, JumpReLUConfig) else 1
+        return min(window * min(config.initial_l0, d_sae / 2), d_sae)
+    raise TypeError(f"How many latents a {type(dictionary).__name__} keeps on is not known here.")
+
+
+def _n_parameters(dictionary: Dictionary) -> int:
+    return sum(parameter.numel() for parameter in dictionary.parameters())
