@@ -118,7 +118,7 @@ def plan(job: Flags, out: Path = Path("saefeat-run"), json: bool = False) -> Non
     print(dumps(cost.to_dict(), indent=2) if json else cost)
 
 
-def train(job: Flags, out: Path = Path("saefeat-run")) -> None:
+def train(job: Flags, out: Path = Path("saefeat-run"), resume: bool = False) -> None:
     """Train dictionaries of every hook, width and seed in one pass over the text.
 
     A run that does not fit in memory or on the disk is refused before it starts.
@@ -128,14 +128,16 @@ def train(job: Flags, out: Path = Path("saefeat-run")) -> None:
     Args:
         job: The run.
         out: A new folder for the trained dictionaries.
+        resume: Go on with the run in that folder.
     """
     from saefeat.core.files import check_unclaimed
 
-    check_unclaimed(out)
+    if not resume:
+        check_unclaimed(out)
     job.config()
     stream = job.stream()
     print(job.plan(stream, out).summary, flush=True)
-    bank = job.train(stream, out)
+    bank = job.train(stream, out, resume=resume)
     print(f"{bank}: {out}/saes (SAELens opens them too)")
 
 
@@ -154,6 +156,9 @@ def main(arguments: list[str] | None = None) -> None:
     command = _parse([argument for argument in arguments if argument != "--debug"])
     try:
         command()
+    except KeyboardInterrupt as stop:
+        # 130 is what shells say of a program that SIGINT ended.
+        _exit_with(str(stop) or "interrupted", 130)
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
@@ -195,7 +200,7 @@ def _first_statement(box: str) -> str:
     return f"{(below_title or [box])[0].rstrip('.')}. See saefeat --help."
 
 
-def _exit_with(message: str) -> None:
+def _exit_with(message: str, code: int = 2) -> None:
     # Messages of other libraries may have several lines.
     print("saefeat:", " ".join(message.split()), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

@@ -56,6 +56,8 @@ class Job:
     """Seed of the order of the text."""
     log_every: int = 10
     """Steps between records in metrics.jsonl."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints, from which --resume goes on."""
     device: str = "auto"
     """"auto" is CUDA where there is one, else "cpu"."""
 
@@ -142,7 +144,9 @@ class Job:
             progress=progress,
         )
 
-    def train(self, stream: ActivationStream, out: Path, *, progress: bool = True) -> Bank:
+    def train(
+        self, stream: ActivationStream, out: Path, *, resume: bool = False, progress: bool = True
+    ) -> Bank:
         """The trained dictionaries, which are in `out` too; see `saefeat.train`."""
         from saefeat.training.trainer import train
 
@@ -153,6 +157,8 @@ class Job:
             seeds=self.seeds,
             n_tokens=self.tokens,
             out=out,
+            resume=resume,
+            checkpoint_every=self.checkpoint_every,
             device=self.device,
             log_every=self.log_every,
             progress=progress,

@@ -15,6 +15,8 @@ class MetricsFile:
         """Append a record."""
         self._file.write(json.dumps(record) + "\n")
 
-    def close(self) -> None:
-        """Flush and close the file."""
+    def __enter__(self) -> "MetricsFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._file.close()

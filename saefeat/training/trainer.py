@@ -2,25 +2,27 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from saefeat.activations.sources import Batch
 from saefeat.activations.stream import ActivationStream
 from saefeat.core.devices import fastest_dtype, resolve_device
-from saefeat.core.files import claim_folder, write_json
 from saefeat.dictionaries.base import Dictionary, DictionaryConfig
 from saefeat.kernels.dispatch import choose_kernels
 from saefeat.training.bank import Bank, Key
 from saefeat.training.bank_learner import BankLearner
+from saefeat.training.checkpoint import Checkpoint, save_checkpoint
 from saefeat.training.fitting import check_fit
+from saefeat.training.interruption import RunInterrupted, stop_requests
 from saefeat.training.loggers import MetricsFile
 from saefeat.training.new_bank import blank_dictionaries, copies
 from saefeat.training.requirements import Requirements
+from saefeat.training.run_folder import RunFolder
 
 
 def train(
@@ -34,6 +36,9 @@ def train(
     out: str | Path | None = None,
     device: str | torch.device = "auto",
     kernels: str = "auto",
+    checkpoint_every: int = 500,
+    keep_last: int = 2,
+    resume: bool = False,
     log_every: int = 10,
     progress: bool = True,
     check_memory: bool = True,
@@ -55,10 +60,16 @@ def train(
             "blocks.3.hook_mlp_out"}, say. Hooks that are no key train nothing.
         n_tokens: Rows of activations to learn from; more than the stream has means several
             epochs, each in a new order.
-        out: A new folder for the run: `config.json` first, `metrics.jsonl` as it goes, and the
-            dictionaries under `saes/` at the end. None keeps everything in memory.
+        out: A new folder for the run: `config.json` first, `metrics.jsonl` and `checkpoints/` as
+            it goes, and the dictionaries under `saes/` at the end. None keeps everything in
+            memory.
         device: "auto" is CUDA where there is one.
         kernels: "auto", or a backend by name; the choice is written to `config.json`.
+        checkpoint_every: Steps between checkpoints in `out`. One holds the weights with all that
+            training keeps of them, and the shuffle buffer of a live stream.
+        keep_last: Checkpoints that are kept.
+        resume: Goes on with the run in `out`, to the very weights that it would have ended with;
+            begins it if the folder holds none, and hands it out if it has ended.
         log_every: Steps between records in `metrics.jsonl`.
         progress: Whether to draw a progress bar on standard error.
         check_memory: Whether to refuse, before anything is made, a run that will not fit in the
@@ -71,12 +82,21 @@ def train(
         ValueError: An option is out of range, an activation is not finite, a hook is constant,
             or a loss stops being finite; hook and step are named. Or the run does not fit; an
             option with which it does is named.
-        FileExistsError: `out` already holds files.
+        FileExistsError: `out` already holds files, and `resume` is not set.
+        BlockingIOError: Another process is writing to `out`.
+        RunInterrupted: SIGINT or SIGTERM came while training in `out` from the main thread; the
+            step was finished and a checkpoint written. (A KeyboardInterrupt, as without `out`.)
     """
-    if n_tokens < 1 or log_every < 1:
-        raise ValueError(
-            f"n_tokens and log_every must be 1 or more, got {n_tokens} and {log_every}."
-        )
+    for name, value in (
+        ("n_tokens", n_tokens),
+        ("log_every", log_every),
+        ("checkpoint_every", checkpoint_every),
+        ("keep_last", keep_last),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}.")
+    if resume and out is None:
+        raise ValueError("resume=True needs out, the folder of the run to go on with.")
     device = resolve_device(device)
     kernel_name, backend = choose_kernels(kernels, device)
     further = isinstance(config, Bank)
@@ -106,49 +126,108 @@ def train(
         kernels=backend,
         selection_dtype=fastest_dtype(device),
     )
-    if out is not None:
-        out = claim_folder(Path(out))
-        run = {
-            "dictionaries": [_described(key, one) for key, one in dictionaries.items()],
-            "trained_further": further,
-            "model": stream.model_name,
-            "hooks": {name: stream.widths[name] for name in stream.hooks},
-            "n_tokens": n_tokens,
-            "batch_size": stream.batch_size,
-            "stream_seed": stream.seed,
-            "device": str(device),
-            "kernels": kernel_name,
-            "selection_dtype": str(learner.selection_dtype).removeprefix("torch."),
-            "torch": torch.__version__,
-        }
-        write_json(out / "config.json", run)
+    if out is None:
+        for batch in _with_bar(stream.batches(n_tokens), n_tokens, 0, progress):
+            learner.step(batch)
+        return learner.finish()
+    description = {
+        "dictionaries": [_described(key, one) for key, one in dictionaries.items()],
+        "trained_further": further,
+        "model": stream.model_name,
+        "hooks": {name: stream.widths[name] for name in stream.hooks},
+        "n_tokens": n_tokens,
+        "batch_size": stream.batch_size,
+        "stream_seed": stream.seed,
+        "stream": stream.fingerprint,
+        "device": str(device),
+        "kernels": kernel_name,
+        "selection_dtype": str(learner.selection_dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+    }
+    folder = RunFolder(Path(out), description, resume=resume)
+    try:
+        if folder.is_finished:
+            return Bank.load(folder.path)
+        return _run_in(
+            folder,
+            learner,
+            stream,
+            n_tokens=n_tokens,
+            checkpoint_every=checkpoint_every,
+            keep_last=keep_last,
+            log_every=log_every,
+            progress=progress,
+        )
+    finally:
+        folder.close()
+
+
+def _run_in(
+    folder: RunFolder,
+    learner: BankLearner,
+    stream: ActivationStream,
+    *,
+    n_tokens: int,
+    checkpoint_every: int,
+    keep_last: int,
+    log_every: int,
+    progress: bool,
+) -> Bank:
+    """Train from the last checkpoint that the folder holds, or from the start, to the end."""
     started = time.perf_counter()
-    with (
-        _metrics_file(out) as metrics,
-        tqdm(total=n_tokens, unit="tok", desc="training", disable=not progress) as bar,
-    ):
-        for batch in stream.batches(n_tokens):
+    position = None
+    checkpoint = folder.last_checkpoint()
+    if checkpoint is not None:
+        learner.restore(checkpoint.training)
+        position = (checkpoint.stream, checkpoint.stream_rows)
+    batches = stream.batches(n_tokens, position)
+
+    def save() -> None:
+        facts, rows = batches.state()
+        now = Checkpoint(
+            step=learner.step_number, training=learner.state(), stream=facts, stream_rows=rows
+        )
+        save_checkpoint(folder.checkpoints, now, learner.snapshots(), keep_last=keep_last)
+
+    with stop_requests() as stop, MetricsFile(folder.metrics) as metrics:
+        for batch in _with_bar(batches, n_tokens, learner.n_tokens_seen, progress):
             measured = learner.step(batch)
-            bar.update(learner.n_tokens_seen - bar.n)
-            last = learner.n_tokens_seen >= n_tokens
-            if metrics and (last or (learner.step_number - 1) % log_every == 0):
-                position = {
+            is_last = learner.n_tokens_seen >= n_tokens
+            if is_last or (learner.step_number - 1) % log_every == 0:
+                position_now = {
                     "step": learner.step_number,
                     "n_tokens": learner.n_tokens_seen,
                     "wall_seconds": round(time.perf_counter() - started, 3),
                 }
-                for (hook_name, expansion_factor, seed), terms in measured.items():
-                    name = {
-                        "hook_name": hook_name,
-                        "expansion_factor": expansion_factor,
-                        "seed": seed,
-                    }
+                for key, terms in measured.items():
+                    name = dict(zip(("hook_name", "expansion_factor", "seed"), key, strict=True))
                     values = {term: float(value) for term, value in terms.items()}
-                    metrics.write({**position, **name, **values})
+                    metrics.write({**position_now, **name, **values})
+            if is_last:
+                break
+            if stop.signal is not None:
+                save()
+                raise RunInterrupted(
+                    f"{stop.signal.name} after step {learner.step_number}: a checkpoint is in "
+                    f"{folder.checkpoints}. Go on with resume=True (saefeat train --resume)."
+                )
+            if learner.step_number % checkpoint_every == 0:
+                save()
     bank = learner.finish()
-    if out is not None:
-        bank.save(out / "saes")
+    folder.finish(bank)
     return bank
+
+
+def _with_bar(
+    batches: Iterable[Batch], n_tokens: int, n_done: int, progress: bool
+) -> Iterator[Batch]:
+    """The batches, counted on a progress bar once they have been used."""
+    with tqdm(
+        total=n_tokens, initial=n_done, unit="tok", desc="training", disable=not progress
+    ) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(next(iter(batch.values()))))
 
 
 def _described(key: Key, dictionary: Dictionary) -> dict[str, object]:
@@ -161,15 +240,3 @@ def _described(key: Key, dictionary: Dictionary) -> dict[str, object]:
         "architecture": dictionary.architecture,
         "config": asdict(dictionary.config),
     }
-
-
-@contextmanager
-def _metrics_file(out: Path | None) -> Iterator[MetricsFile | None]:
-    if out is None:
-        yield None
-        return
-    file = MetricsFile(out / "metrics.jsonl")
-    try:
-        yield file
-    finally:
-        file.close()
