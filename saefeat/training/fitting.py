@@ -86,8 +86,13 @@ def _advice(
     return "No option makes it fit: it takes a smaller model or a larger machine."
 
 
+def _power_of_two_below(number: int) -> int:
+    """512 for 1024, and for 600."""
+    return 1 << (number - 1).bit_length() >> 1
+
+
 def _smaller_batches(run: Requirements) -> Iterator[tuple[str, Requirements]]:
-    batch_size = 1 << (run.batch_size - 1).bit_length() >> 1
+    batch_size = _power_of_two_below(run.batch_size)
     while batch_size >= 16:
         smaller = replace(run, batch_size=batch_size)
         if not run.is_text:  # tensors are read by the batch
@@ -97,7 +102,7 @@ def _smaller_batches(run: Requirements) -> Iterator[tuple[str, Requirements]]:
 
 
 def _smaller_buffer(run: Requirements) -> Iterator[tuple[str, Requirements]]:
-    buffer_rows = run.buffer_rows // 2
+    buffer_rows = _power_of_two_below(run.buffer_rows)
     while run.is_text and buffer_rows >= run.batch_size:
         yield f"buffer_rows={buffer_rows}", replace(run, buffer_rows=buffer_rows)
         buffer_rows //= 2
