@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 
 from saefeat.core import memory
@@ -32,7 +33,7 @@ def check_fit(run: Requirements, out: Path | None) -> None:
         if needed > available:
             largest = max(parts, key=lambda part: parts[part])
             raise ValueError(
-                f"The run would take {readable_bytes(needed)} of {place}, most of it for "
+                f"The run would take {readable_bytes(needed)} of {place}, the largest part for "
                 f"{largest} ({readable_bytes(parts[largest])}), and {readable_bytes(available)} "
                 f"are free. {_advice(run, _OPTIONS[largest], _fits_memory)}"
             )
@@ -113,15 +114,15 @@ def _smaller_dictionaries(run: Requirements) -> Iterator[tuple[str, Requirements
         return
     factors = list(dict.fromkeys(key[1] for key in run.dictionaries))
     caps = sorted(factors)[-2::-1] if len(factors) > 1 else []
-    caps += [min(factors) / 2**halvings for halvings in range(1, 12)]
-    for cap in caps:
+    halved = (min(factors) / 2**halvings for halvings in count(1))
+    for cap in chain(caps, halved):
         kept = [factor for factor in factors if factor <= cap] or [cap]
         try:
             dictionaries = run.remake(kept)
         except ValueError:  # fewer latents than the kind needs
             return
         yield (
-            f"expansion_factors={[round(factor, 4) for factor in kept]}",
+            f"expansion_factors={kept}",
             replace(run, dictionaries=dictionaries),
         )
 
