@@ -6,7 +6,6 @@ import logging
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +31,7 @@ def assert_same(bank, expected):
             assert torch.equal(tensor, bank[key].state_dict()[name]), (key, name)
 
 
-class Crash(RuntimeError):
+class CrashError(RuntimeError):
     pass
 
 
@@ -46,7 +45,7 @@ def crash_at(monkeypatch):
         def step(self, batch):
             if self.step_number == number:
                 monkeypatch.setattr(BankLearner, "step", plain)
-                raise Crash
+                raise CrashError
             return plain(self, batch)
 
         monkeypatch.setattr(BankLearner, "step", step)
@@ -60,7 +59,7 @@ def test_every_kind_goes_on_to_the_same_weights(architecture, crash_at, tmp_path
     expected = run(None, stream, architecture)
     for number in (3, 11):  # within the first epoch, and in the second
         crash_at(number)
-        with pytest.raises(Crash):
+        with pytest.raises(CrashError):
             run(tmp_path / "run", stream, architecture)
     assert not (tmp_path / "run" / "saes").exists()
     assert_same(run(tmp_path / "run", stream, architecture), expected)
@@ -84,7 +83,7 @@ def test_every_stream_goes_on_with_the_same_batches(source, crash_at, tmp_path):
     left_out = stream.left_out
     for number in (3, 8, 17):
         crash_at(number)
-        with pytest.raises(Crash):
+        with pytest.raises(CrashError):
             run(tmp_path / "run", make_stream(source, 0, tmp_path / "store"), "topk")
     again = make_stream(source, 0, tmp_path / "store")
     assert_same(run(tmp_path / "run", again, "topk"), expected)
@@ -103,7 +102,7 @@ def test_a_finished_run_is_handed_out_and_a_run_that_never_began_is_begun(tmp_pa
 def test_checkpoints_are_few_and_usable_models(crash_at, tmp_path):
     stream = make_stream("tensors", 0)
     crash_at(9)
-    with pytest.raises(Crash):
+    with pytest.raises(CrashError):
         run(tmp_path / "run", stream, "batch_topk")
     paths = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [path.name for path in paths] == ["step-000000006", "step-000000008"]
@@ -120,7 +119,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(crash_at, tmp_pa
     stream = make_stream("tensors", 0)
     expected = run(None, stream, "topk")
     crash_at(9)
-    with pytest.raises(Crash):
+    with pytest.raises(CrashError):
         run(tmp_path / "run", stream, "topk")
     newest = tmp_path / "run" / "checkpoints" / "step-000000008" / "training.safetensors"
     data = bytearray(newest.read_bytes())
@@ -134,7 +133,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(crash_at, tmp_pa
 def test_where_every_checkpoint_is_damaged_nothing_is_trained(crash_at, tmp_path):
     stream = make_stream("tensors", 0)
     crash_at(9)
-    with pytest.raises(Crash):
+    with pytest.raises(CrashError):
         run(tmp_path / "run", stream, "topk")
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         (path / "stream.safetensors").unlink()
@@ -171,68 +170,61 @@ def test_resume_needs_a_folder_and_leaves_one_that_is_no_run_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-class TestFaults:
-    """Every call that changes the disk fails in turn; each time the run goes on afterwards."""
+FAULTS = {
+    "full disk": OSError(errno.ENOSPC, "No space left on device"),
+    "no permission": PermissionError(errno.EACCES, "Permission denied"),
+}
+WRITES = [
+    (files.os, "fsync"),
+    (files, "save_file"),
+    (Path, "write_bytes"),
+    (Path, "replace"),
+    (Path, "rename"),
+    (Path, "mkdir"),
+]
+"""All calls by which a run changes the disk."""
 
-    FAULTS = {
-        "full disk": OSError(errno.ENOSPC, "No space left on device"),
-        "no permission": PermissionError(errno.EACCES, "Permission denied"),
-    }
-    CALLS = [
-        (files.os, "fsync"),
-        (files.os, "replace"),
-        (files, "save_file"),
-        (Path, "write_bytes"),
-        (Path, "replace"),
-        (Path, "rename"),
-        (Path, "mkdir"),
-    ]
 
-    @pytest.fixture
-    def fail_at(self, monkeypatch):
-        def arm(number, fault, short=False):
-            calls = {"n": 0}
-            for owner, name in self.CALLS:
-                plain = getattr(owner, name)
+@pytest.fixture
+def fail_at(monkeypatch):
+    """Makes the write with a number fail, bytes half written; 0 for none. Counts them."""
 
-                def wrapped(*arguments, _plain=plain, _name=name, **options):
-                    calls["n"] += 1
-                    if calls["n"] != number:
-                        return _plain(*arguments, **options)
-                    if short and _name == "write_bytes":
-                        _plain(arguments[0], arguments[1][: len(arguments[1]) // 2])
-                    raise fault
+    def arm(number, fault=None):
+        monkeypatch.undo()
+        calls = {"n": 0}
+        for owner, name in WRITES:
+            plain = getattr(owner, name)
 
-                monkeypatch.setattr(owner, name, wrapped)
-            return calls
+            def write(*arguments, _plain=plain, _name=name, **options):
+                calls["n"] += 1
+                if calls["n"] != number:
+                    return _plain(*arguments, **options)
+                if _name == "write_bytes":
+                    _plain(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                raise fault
 
-        yield arm
+            monkeypatch.setattr(owner, name, write)
+        return calls
 
-    @pytest.mark.parametrize("fault", FAULTS)
-    def test_a_run_whose_disk_fails_goes_on_afterwards(self, fault, fail_at, monkeypatch, tmp_path):
-        stream = make_stream("tensors", 0)
-        expected = run(None, stream, "topk")
-        n_calls = 1
-        number = 1
-        while number <= n_calls:
-            out = tmp_path / f"run-{number}"
-            calls = fail_at(number, self.FAULTS[fault], short=True)
-            with pytest.raises(OSError, match=re.escape(self.FAULTS[fault].strerror)):
-                run(out, stream, "topk")
-                pytest.fail("no call failed")
-            n_calls = max(n_calls, calls["n"])
-            monkeypatch.undo()
-            assert_same(run(out, stream, "topk"), expected)
-            shutil.rmtree(out)
-            if number == 1:
-                calls = fail_at(-1, None)
-                run(out, stream, "topk")
-                n_calls = calls["n"]
-                monkeypatch.undo()
-                shutil.rmtree(out)
-            # Checkpoints are all alike: the first writes of a run, one of them, and the last.
-            number += 1 if number < 40 or number > n_calls - 25 else 37
-        assert n_calls > 100
+    return arm
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_run_whose_disk_fails_at_any_write_goes_on_afterwards(fault, fail_at, tmp_path):
+    stream = make_stream("tensors", 0)
+    expected = run(None, stream, "topk")
+    calls = fail_at(0)
+    run(tmp_path / "whole", stream, "topk")
+    n_calls = calls["n"]
+    assert n_calls > 100
+    # Checkpoints are all alike: every write of the first and of the end, and some between.
+    for number in [*range(1, 50), *range(50, n_calls - 30, 37), *range(n_calls - 30, n_calls + 1)]:
+        out = tmp_path / f"run-{number}"
+        fail_at(number, FAULTS[fault])
+        with pytest.raises(OSError, match=re.escape(FAULTS[fault].strerror)):
+            run(out, stream, "topk")
+        fail_at(0)
+        assert_same(run(out, stream, "topk"), expected)
 
 
 def begin(out, source, architecture, seed=0):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 
 from saefeat.core import memory
@@ -32,7 +33,7 @@ def check_fit(run: Requirements, out: Path | None) -> None:
         if needed > available:
             largest = max(parts, key=lambda part: parts[part])
             raise ValueError(
-                f"The run would take {readable_bytes(needed)} of {place}, most of it for "
+                f"The run would take {readable_bytes(needed)} of {place}, the largest part for "
                 f"{largest} ({readable_bytes(parts[largest])}), and {readable_bytes(available)} "
                 f"are free. {_advice(run, _OPTIONS[largest], _fits_memory)}"
             )
@@ -86,8 +87,13 @@ def _advice(
     return "No option makes it fit: it takes a smaller model or a larger machine."
 
 
+def _power_of_two_below(number: int) -> int:
+    """512 for 1024, and for 600."""
+    return 1 << (number - 1).bit_length() >> 1
+
+
 def _smaller_batches(run: Requirements) -> Iterator[tuple[str, Requirements]]:
-    batch_size = 1 << (run.batch_size - 1).bit_length() >> 1
+    batch_size = _power_of_two_below(run.batch_size)
     while batch_size >= 16:
         smaller = replace(run, batch_size=batch_size)
         if not run.is_text:  # tensors are read by the batch
@@ -97,7 +103,7 @@ def _smaller_batches(run: Requirements) -> Iterator[tuple[str, Requirements]]:
 
 
 def _smaller_buffer(run: Requirements) -> Iterator[tuple[str, Requirements]]:
-    buffer_rows = run.buffer_rows // 2
+    buffer_rows = _power_of_two_below(run.buffer_rows)
     while run.is_text and buffer_rows >= run.batch_size:
         yield f"buffer_rows={buffer_rows}", replace(run, buffer_rows=buffer_rows)
         buffer_rows //= 2
@@ -108,15 +114,15 @@ def _smaller_dictionaries(run: Requirements) -> Iterator[tuple[str, Requirements
         return
     factors = list(dict.fromkeys(key[1] for key in run.dictionaries))
     caps = sorted(factors)[-2::-1] if len(factors) > 1 else []
-    caps += [min(factors) / 2**halvings for halvings in range(1, 12)]
-    for cap in caps:
+    halved = (min(factors) / 2**halvings for halvings in count(1))
+    for cap in chain(caps, halved):
         kept = [factor for factor in factors if factor <= cap] or [cap]
         try:
             dictionaries = run.remake(kept)
         except ValueError:  # fewer latents than the kind needs
             return
         yield (
-            f"expansion_factors={[round(factor, 4) for factor in kept]}",
+            f"expansion_factors={kept}",
             replace(run, dictionaries=dictionaries),
         )
 

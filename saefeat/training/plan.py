@@ -206,7 +206,9 @@ def plan(
             )
             first, step = measure_steps(learner, rows, device)
             dictionary_seconds += n_hooks * (first + step * n_tokens / stream.batch_size)
-            del learner  # before the next takes its memory
+            # What it took is for the next one, and in the end for the run.
+            del learner
+            memory.give_back_freed()
             bar.update()
     flops_per_step = sum(step_flops(one, stream.batch_size) for one in run.dictionaries.values())
     return Plan(
