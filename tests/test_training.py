@@ -261,8 +261,9 @@ def test_the_learning_rate_rises_holds_and_falls():
 def test_the_default_learning_rate_goes_by_width_in_long_runs_and_by_steps_in_short_ones():
     assert peak_learning_rate(sf.TopKConfig(), 2**14, 10**7) == pytest.approx(2e-4)
     assert peak_learning_rate(sf.TopKConfig(), 2**12, 10**7) == pytest.approx(4e-4)
-    assert peak_learning_rate(sf.TopKConfig(), 2**14, 100) == pytest.approx(4e-3)
-    assert peak_learning_rate(sf.TopKConfig(), 2**14, 4_000) == pytest.approx(2e-3)
+    assert peak_learning_rate(sf.TopKConfig(), 2**14, 100) == pytest.approx(8e-3)
+    assert peak_learning_rate(sf.TopKConfig(), 2**14, 4_000) == pytest.approx(4e-3)
+    assert peak_learning_rate(sf.StandardConfig(), 2**14, 4_000) == pytest.approx(2e-3)
     assert peak_learning_rate(sf.TopKConfig(learning_rate=0.5), 7, 1) == 0.5
 
 

@@ -24,6 +24,8 @@ class DictionaryConfig:
 
     learning_rate: float | None = None
     """Peak learning rate of Adam. None: by width and steps, see `peak_learning_rate`."""
+    short_run_rate: float = 4e-3
+    """What None means in a run of up to 1,000 steps; see `peak_learning_rate`."""
     warmup_fraction: float = 0.05
     """Share of the steps over which the learning rate rises from 0, 1,000 steps at most."""
     decay_fraction: float = 0.2
@@ -298,14 +300,14 @@ def peak_learning_rate(config: DictionaryConfig, d_sae: int, n_steps: int) -> fl
     """The learning rate of `config`, or the default for this width and number of steps.
 
         long runs   2e-4 / sqrt(d_sae / 2^14)      (Gao et al. 2024, as dictionary_learning has it)
-        short runs  4e-3 * sqrt(1000 / n_steps), at most 4e-3
+        short runs  short_run_rate * sqrt(1000 / n_steps), at most short_run_rate
 
     whichever is larger. Adam moves a weight by about its rate a step, so a run of a thousand
     steps at the long rate ends before its weights have gone anywhere: on SmolLM2 (layer 15,
-    1,152 latents, 0.8M tokens) FVU was .219, .196 and .182 at 1e-3, 2e-3 and 4e-3.
+    1,152 latents, 0.8M tokens) TopK's FVU was .219, .196 and .182 at 1e-3, 2e-3 and 4e-3.
     """
     if config.learning_rate is not None:
         return config.learning_rate
     long = 2e-4 / (d_sae / 2**14) ** 0.5
-    short = 4e-3 * min(1.0, (1000 / n_steps) ** 0.5)
+    short = config.short_run_rate * min(1.0, (1000 / n_steps) ** 0.5)
     return float(max(long, short))

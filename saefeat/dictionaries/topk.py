@@ -14,8 +14,17 @@ from saefeat.kernels.codes import Codes, SparsityPattern
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankedConfig(AuxiliaryConfig):
-    """The recipe of the kinds that keep the largest latents."""
+    """The recipe of the kinds that keep the largest latents.
 
+    Of a higher rate that falls for longer, on SmolLM2 with 1,152 latents: BatchTopK's FVU was
+    .0615, .1584 and .2295 at layers 3, 15 and 27 at 4e-3, falling over the last fifth, and .0597,
+    .1575 and .2267 at about 6e-3 and two fifths. At 8e-3 a tenth of its latents died at layer 15.
+    """
+
+    short_run_rate: float = 6e-3
+    """Peak learning rate of runs of up to 1,000 steps."""
+    decay_fraction: float = 0.4
+    """Share of the steps over which the learning rate falls to 0 at the end."""
     k: int = 32
     """Latents kept per token."""
     k_start_factor: float = 1.0
@@ -26,7 +35,15 @@ class RankedConfig(AuxiliaryConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TopKConfig(RankedConfig):
-    """Keeps the `k` largest latents of each token and zeroes the rest (Gao et al. 2024)."""
+    """Keeps the `k` largest latents of each token and zeroes the rest (Gao et al. 2024).
+
+    It bears a still higher rate: FVU .0672, .1660 and .2322 became .0661, .1637 and .2298.
+    """
+
+    short_run_rate: float = 8e-3
+    """Peak learning rate of runs of up to 1,000 steps."""
+    decay_fraction: float = 0.6
+    """Share of the steps over which the learning rate falls to 0 at the end."""
 
 
 class TopK(SparseAutoencoder):

@@ -74,7 +74,7 @@ def _above(scores: Float[Tensor, "n d_sae"], floor: Any) -> SparsityPattern:
 
 def _width(d_sae: int, n_kept: float) -> int:
     """The columns of a row's grid at which sweeping them and looking into some costs least."""
-    columns = (d_sae * max(1.0, n_kept)) ** 0.5 / 2
+    columns = (d_sae * max(1.0, n_kept)) ** 0.5
     return min(d_sae, -(-int(columns) // 64) * 64)
 
 
