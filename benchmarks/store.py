@@ -8,22 +8,22 @@ The ways take turns on the same rows, all in the page cache, in batches of 4096 
 - datasets: Hugging Face `datasets` with torch format, an Arrow file of rows read in order;
 - sae_lens: SAELens's cached store, its own Arrow layout and its mixing buffer.
 
-Prints a CSV header and one row. The ratios are medians over the rounds of the ratio within a
-round, so that a machine that slows down for a while slows all sides down.
+One row: gigabytes per second of each way, and how many times as fast as another the store is (a
+goal: 0.7 of memcpy).
 
-    python benchmarks/store.py [megabytes] [rounds] [width]
+    python benchmarks/store.py --out benchmarks/results/store.csv
 """
 
 import statistics
-import sys
 import tempfile
-import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from harvest import commit, processor, seconds_of
+import tyro
+from machine import in_turn, ratio, seconds_of, where, write_row
 
 import saefeat as sf
 
@@ -32,10 +32,22 @@ CONTEXT_SIZE = 128
 HOOK = "blocks.0.hook_resid_post"
 
 
-def main(megabytes: int = 256, rounds: int = 5, width: int = 576) -> None:
-    n_rows = max(2, int(megabytes * 1e6 / 4 / width) // BATCH_ROWS) * BATCH_ROWS
-    rows = torch.randn(n_rows, width, generator=torch.Generator().manual_seed(0))
-    n_bytes = rows.nbytes
+@dataclass
+class Options:
+    out: Path = Path("store.csv")
+    megabytes: int = 256
+    """Of the rows, in float32."""
+    width: int = 576
+    rounds: int = 5
+    warm_up: int = 1
+    """Rounds before those that count."""
+
+
+def main(options: Options) -> None:
+    row_bytes = 4 * options.width
+    n_rows = max(2, int(options.megabytes * 1e6 / row_bytes) // BATCH_ROWS) * BATCH_ROWS
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(n_rows, options.width, generator=generator)
     cpu = torch.device("cpu")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -44,36 +56,28 @@ def main(megabytes: int = 256, rounds: int = 5, width: int = 576) -> None:
             lambda: sf.cache_activations(stream, folder / "store", progress=False), cpu
         )
         sf.cache_activations(stream, folder / "in_order", shuffle=False, progress=False)
-        ways: dict[str, Callable[[], None]] = {
-            "memcpy": lambda: copy(rows),
+        ways: dict[str, Callable[[int], object]] = {
+            "memcpy": lambda _: copy(rows),
             "store": reader(sf.ActivationStream.from_store(folder / "store")),
             "mixed": reader(sf.ActivationStream.from_store(folder / "in_order")),
             "datasets": datasets_reader(rows, folder / "datasets"),
             "sae_lens": sae_lens_reader(rows, folder / "sae_lens"),
         }
-        for run in ways.values():
-            run()
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for round_ in range(rounds):
-            for way in list(ways) if round_ % 2 == 0 else list(reversed(ways)):
-                seconds[way].append(seconds_of(ways[way], cpu))
+        seconds = in_turn(ways, rounds=options.rounds, warm_up=options.warm_up, device=cpu)
+    gigabytes = rows.nbytes / 1e9
     row: dict[str, Any] = {
-        "processor": processor(cpu),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit(),
-        "megabytes": round(n_bytes / 1e6),
-        "width": width,
-        "rounds": rounds,
-        "write_gb_per_s": f"{n_bytes / 1e9 / write_seconds:.2f}",
+        **where(cpu),
+        "megabytes": round(1000 * gigabytes),
+        "width": options.width,
+        "rounds": options.rounds,
+        "write_gb_per_s": f"{gigabytes / write_seconds:.2f}",
     }
     for way in ways:
-        row[f"{way}_gb_per_s"] = f"{n_bytes / 1e9 / statistics.median(seconds[way]):.2f}"
+        row[f"{way}_gb_per_s"] = f"{gigabytes / statistics.median(seconds[way]):.2f}"
     for way in ("memcpy", "datasets", "sae_lens"):
-        ratios = [b / a for a, b in zip(seconds["store"], seconds[way], strict=True)]
-        row[f"store_over_{way}"] = f"{statistics.median(ratios):.3f}"
-    print(",".join(row))
-    print(",".join(str(value).replace(",", " ") for value in row.values()))
+        row[f"store_over_{way}"] = f"{ratio(seconds[way], seconds['store']):.3f}"
+    row["mixed_over_memcpy"] = f"{ratio(seconds['memcpy'], seconds['mixed']):.3f}"
+    write_row(options.out, row)
 
 
 def copy(rows: torch.Tensor) -> None:
@@ -81,15 +85,15 @@ def copy(rows: torch.Tensor) -> None:
         rows[start : start + BATCH_ROWS].clone()
 
 
-def reader(stream: sf.ActivationStream) -> Callable[[], None]:
-    def read() -> None:
+def reader(stream: sf.ActivationStream) -> Callable[[int], None]:
+    def read(round_: int) -> None:
         for _ in stream:
             pass
 
     return read
 
 
-def datasets_reader(rows: torch.Tensor, folder: Path) -> Callable[[], None]:
+def datasets_reader(rows: torch.Tensor, folder: Path) -> Callable[[int], None]:
     import datasets
 
     datasets.disable_progress_bars()
@@ -99,14 +103,14 @@ def datasets_reader(rows: torch.Tensor, folder: Path) -> Callable[[], None]:
     datasets.Dataset.from_dict({HOOK: rows.numpy()}, features).save_to_disk(str(folder))
     opened = datasets.load_from_disk(str(folder)).with_format("torch")
 
-    def read() -> None:
+    def read(round_: int) -> None:
         for batch in opened.iter(batch_size=BATCH_ROWS):
             assert batch[HOOK].shape == (BATCH_ROWS, rows.shape[1])
 
     return read
 
 
-def sae_lens_reader(rows: torch.Tensor, folder: Path) -> Callable[[], None]:
+def sae_lens_reader(rows: torch.Tensor, folder: Path) -> Callable[[int], None]:
     """The layout that SAELens's CacheActivationsRunner writes, read by its ActivationsStore."""
     import datasets
     from sae_lens.training.activations_store import ActivationsStore
@@ -118,7 +122,7 @@ def sae_lens_reader(rows: torch.Tensor, folder: Path) -> Callable[[], None]:
     datasets.Dataset.from_dict({HOOK: contexts}, features).save_to_disk(str(folder))
     n_contexts = BATCH_ROWS // CONTEXT_SIZE
 
-    def read() -> None:
+    def read(round_: int) -> None:
         store = ActivationsStore(
             model=None,
             dataset=None,
@@ -145,5 +149,4 @@ def sae_lens_reader(rows: torch.Tensor, folder: Path) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    main(*(int(argument) for argument in sys.argv[1:]))
+    main(tyro.cli(Options))

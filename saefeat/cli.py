@@ -136,7 +136,8 @@ def train(job: Flags, out: Path = Path("saefeat-run"), resume: bool = False) -> 
         check_unclaimed(out)
     job.config()
     stream = job.stream()
-    print(job.plan(stream, out).summary, flush=True)
+    if not resume:
+        print(job.plan(stream, out).summary, flush=True)
     bank = job.train(stream, out, resume=resume)
     print(f"{bank}: {out}/saes (SAELens opens them too)")
 

@@ -139,6 +139,7 @@ class Job:
             seeds=self.seeds,
             n_tokens=self.tokens,
             out=out,
+            checkpoint_every=self.checkpoint_every,
             device=self.device,
             log_every=self.log_every,
             progress=progress,

@@ -15,6 +15,7 @@ from tiny_models import WIDTH, tiny_model, token_ids
 import saefeat as sf
 from saefeat.core import memory
 from saefeat.dictionaries.registry import KINDS
+from saefeat.training import checkpoint
 from saefeat.training import plan as planning
 from saefeat.training.bank_learner import BankLearner
 from saefeat.training.fitting import readable_bytes
@@ -79,8 +80,19 @@ print(json.dumps([planned, unit * resource.getrusage(resource.RUSAGE_SELF).ru_ma
 """
 
 
+@pytest.fixture(scope="module")
+def machine_code_on_disk():
+    """Compiled once, since the compiler takes more memory than a small run."""
+    x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    stream = sf.ActivationStream.from_tensors({"x": x}, batch_size=100)
+    for kind in KINDS:
+        fields = kind.config_type.__dataclass_fields__
+        config = kind.config_type(**({"k": 2} if "k" in fields else {"initial_l0": 4}))
+        sf.train(stream, config, expansion_factors=[6], n_tokens=200, progress=False)
+
+
 @pytest.mark.parametrize("run", RUNS)
-def test_the_peak_memory_of_a_run_is_within_a_fifth_of_the_plan(run):
+def test_the_peak_memory_of_a_run_is_within_a_fifth_of_the_plan(run, machine_code_on_disk):
     stream, config, options = RUNS[run]
     # In a process of its own, as nothing else tells the most that a run had.
     finished = subprocess.run(
@@ -105,6 +117,22 @@ def test_the_disk_that_a_run_takes_is_what_was_planned(tmp_path):
     sf.train(stream, CONFIG, out=out, progress=False, **options)
     written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     assert planned == pytest.approx(written, rel=0.2)
+
+
+def test_the_disk_that_checkpoints_take_is_planned_at_its_fullest(monkeypatch, tmp_path):
+    stream, out, most = tensor_stream(), tmp_path / "run", [0]
+    options = {"expansion_factors": [8], "n_tokens": 5000, "checkpoint_every": 2}
+    planned = plan(stream, out=out, **options).disk_bytes
+    publish = checkpoint.publish_folder
+
+    def measured(draft, path):
+        publish(draft, path)
+        files = [path for path in out.rglob("*") if path.is_file()]
+        most[0] = max(most[0], sum(path.stat().st_size for path in files))
+
+    monkeypatch.setattr(checkpoint, "publish_folder", measured)
+    sf.train(stream, CONFIG, out=out, progress=False, **options)
+    assert planned == pytest.approx(most[0], rel=0.25)
 
 
 # Closed forms
@@ -238,7 +266,13 @@ def test_transcoders_and_trained_banks_have_plans():
 def requirements(stream, config=CONFIG, **options):
     everything = {"expansion_factors": [8], "seeds": [0], "targets": None, "n_tokens": 2000}
     return Requirements.of(
-        stream, config, log_every=10, device=torch.device("cpu"), **{**everything, **options}
+        stream,
+        config,
+        log_every=10,
+        checkpoint_every=500,
+        keep_last=2,
+        device=torch.device("cpu"),
+        **{**everything, **options},
     )
 
 

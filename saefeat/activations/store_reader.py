@@ -15,11 +15,11 @@ from saefeat.activations.store_index import (
     TRAIN,
     StoreIndex,
     check_files,
-    file_hash,
     read_index,
 )
 from saefeat.activations.store_source import StoreSource
 from saefeat.activations.tokens import Tokens
+from saefeat.core.files import hash_bytes
 from saefeat.core.folders import Folder, LocalFolder, RemoteFolder, open_folder
 
 
@@ -97,7 +97,7 @@ def _held_out_tokens(folder: Folder, index: StoreIndex) -> Tokens | None:
     parts = []
     for one in index.held_out_contexts:
         data = folder.read(one.file)
-        if file_hash(data) != one.blake2b:
+        if hash_bytes(data) != one.blake2b:
             raise ValueError(f"{folder}/{one.file} is damaged: its hash differs from the index.")
         part = load(data)
         if not {"ids", "counts"} <= part.keys() or part["ids"].shape != part["counts"].shape:

@@ -21,9 +21,9 @@ from saefeat.activations.store_index import (
     StoredFile,
     StoreIndex,
     encode_index,
-    file_hash,
 )
 from saefeat.activations.tokens import Tokens
+from saefeat.core.files import hash_bytes
 from saefeat.core.folders import LocalFolder, RemoteFolder
 from saefeat.core.locks import WriterLock
 
@@ -115,7 +115,7 @@ class StoreWriter:
             file=name,
             n_rows=n_rows,
             n_bytes=len(data),
-            blake2b=file_hash(data),
+            blake2b=hash_bytes(data),
             split=split,
             run=len(self.index.runs) - 1,
         )

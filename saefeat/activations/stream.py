@@ -303,6 +303,11 @@ class ActivationStream:
         return (self.buffer_rows + self.chunk_rows) * sum(self.row_bytes.values())
 
     @property
+    def has_buffer(self) -> bool:
+        """Whether rows are mixed in a buffer; a store's are not."""
+        return not isinstance(self._source, RandomAccessSource)
+
+    @property
     def n_rows(self) -> int:
         """Training rows of an epoch, at most: tokens that are left out are known only later."""
         return self._source.n_rows

@@ -66,7 +66,7 @@ class Plan:
     device_parts: dict[str, int]
     """The same for the CUDA device."""
     disk_bytes: int
-    """Of the run's folder, where there is one."""
+    """Of the run's folder, where there is one, with the checkpoints that it holds at once."""
     language_model_seconds: float
     """Expected time of reading and mixing all activations."""
     dictionary_seconds: float
@@ -134,6 +134,8 @@ def plan(
     out: str | Path | None = None,
     device: str | torch.device = "auto",
     kernels: str = "auto",
+    checkpoint_every: int = 500,
+    keep_last: int = 2,
     log_every: int = 10,
     progress: bool = True,
 ) -> Plan:
@@ -154,6 +156,8 @@ def plan(
         out: The folder that the run would make; None where it writes nothing.
         device: As for `train`.
         kernels: As for `train`.
+        checkpoint_every: As for `train`.
+        keep_last: As for `train`.
         log_every: As for `train`.
         progress: Whether to draw a progress bar on standard error.
 
@@ -176,6 +180,8 @@ def plan(
         targets=targets,
         n_tokens=n_tokens,
         log_every=log_every,
+        checkpoint_every=checkpoint_every,
+        keep_last=keep_last,
         device=device,
     )
     if out is not None:
@@ -357,6 +363,8 @@ def load_libraries(device: torch.device, kernels: Kernels) -> None:
         targets=None,
         n_tokens=32,
         log_every=1,
+        checkpoint_every=1,
+        keep_last=1,
         device=device,
     )
     learner = BankLearner(

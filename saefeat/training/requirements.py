@@ -70,8 +70,12 @@ class Requirements:
     chunk_rows: int
     forward_bytes: int
     stream_device: torch.device
+    unbuffered_bytes: int | None
+    """What a stream that needs no shuffle buffer holds instead; None where there is a buffer."""
     n_tokens: int
     log_every: int
+    checkpoint_every: int
+    keep_last: int
     device: torch.device
     """Where the dictionaries are trained."""
 
@@ -86,6 +90,8 @@ class Requirements:
         targets: Mapping[str, str] | None,
         n_tokens: int,
         log_every: int,
+        checkpoint_every: int,
+        keep_last: int,
         device: torch.device,
     ) -> "Requirements":
         """Those of `train` with the same arguments; no memory is taken for the dictionaries.
@@ -110,8 +116,11 @@ class Requirements:
             chunk_rows=stream.chunk_rows,
             forward_bytes=stream.forward_bytes,
             stream_device=stream.device,
+            unbuffered_bytes=None if stream.has_buffer else stream.buffer_bytes,
             n_tokens=n_tokens,
             log_every=log_every,
+            checkpoint_every=checkpoint_every,
+            keep_last=keep_last,
             device=device,
         )
 
@@ -147,13 +156,24 @@ class Requirements:
 
     @property
     def disk_bytes(self) -> int:
-        """Of the run's folder."""
+        """Of the run's folder at its fullest: one more checkpoint than is kept, while it is new."""
+        n_checkpoints = min(self.keep_last + 1, (self.n_steps - 1) // self.checkpoint_every)
+        return self._saes_bytes + self.metrics_bytes + n_checkpoints * self.checkpoint_bytes
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of a checkpoint: dictionaries, weights with Adam's means, and the shuffle buffer."""
+        buffer = self.buffer_rows if self.unbuffered_bytes is None else 0
+        return self._saes_bytes + 12 * self.n_parameters + buffer * sum(self.row_bytes.values())
+
+    @property
+    def _saes_bytes(self) -> int:
         weights = sum(
             tensor.numel() * 4
             for one in self.dictionaries.values()
             for tensor in one.file_tensors().values()
         )
-        return weights + len(self.dictionaries) * JSON_BYTES + self.metrics_bytes
+        return weights + len(self.dictionaries) * JSON_BYTES
 
     @property
     def by_hook(self) -> dict[str, dict[Key, Dictionary]]:
@@ -173,6 +193,8 @@ class Requirements:
         if reading:
             # Also what the hooks are copied into, which each forward reuses.
             lasting[BUFFER] = (self.buffer_rows + self.chunk_rows) * row + chunk * self.is_text
+            if self.unbuffered_bytes is not None:
+                lasting[BUFFER] = self.unbuffered_bytes
         if learning:
             n_latents = sum(one.d_sae for one in self.dictionaries.values())
             lasting[WEIGHTS] = PARAMETER_BYTES * n_parameters + 8 * n_latents

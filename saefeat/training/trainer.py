@@ -3,12 +3,14 @@
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from saefeat.activations.batches import TrainingBatches
 from saefeat.activations.sources import Batch
 from saefeat.activations.stream import ActivationStream
 from saefeat.core.devices import fastest_dtype, resolve_device
@@ -21,6 +23,7 @@ from saefeat.training.fitting import check_fit
 from saefeat.training.interruption import RunInterrupted, stop_requests
 from saefeat.training.loggers import MetricsFile
 from saefeat.training.new_bank import blank_dictionaries, copies
+from saefeat.training.prefetch import prefetched
 from saefeat.training.requirements import Requirements
 from saefeat.training.run_folder import RunFolder
 
@@ -109,6 +112,8 @@ def train(
             targets=targets,
             n_tokens=n_tokens,
             log_every=log_every,
+            checkpoint_every=checkpoint_every,
+            keep_last=keep_last,
             device=device,
         )
         check_fit(run_size, None if out is None else Path(out))
@@ -127,7 +132,8 @@ def train(
         selection_dtype=fastest_dtype(device),
     )
     if out is None:
-        for batch in _with_bar(stream.batches(n_tokens), n_tokens, 0, progress):
+        batches = prefetched(stream.batches(n_tokens), lambda: False)
+        for batch in _with_bar(batches, n_tokens, 0, progress):
             learner.step(batch)
         return learner.finish()
     description = {
@@ -142,6 +148,7 @@ def train(
         "device": str(device),
         "kernels": kernel_name,
         "selection_dtype": str(learner.selection_dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
     folder = RunFolder(Path(out), description, resume=resume)
@@ -175,22 +182,27 @@ def _run_in(
 ) -> Bank:
     """Train from the last checkpoint that the folder holds, or from the start, to the end."""
     started = time.perf_counter()
-    position = None
-    checkpoint = folder.last_checkpoint()
-    if checkpoint is not None:
-        learner.restore(checkpoint.training)
-        position = (checkpoint.stream, checkpoint.stream_rows)
-    batches = stream.batches(n_tokens, position)
+    batches = _restored(folder, learner, stream, n_tokens)
 
     def save() -> None:
         facts, rows = batches.state()
         now = Checkpoint(
             step=learner.step_number, training=learner.state(), stream=facts, stream_rows=rows
         )
-        save_checkpoint(folder.checkpoints, now, learner.snapshots(), keep_last=keep_last)
+        with _saying_how_to_go_on(f"The checkpoint after step {now.step}"):
+            save_checkpoint(folder.checkpoints, now, learner.snapshots(), keep_last=keep_last)
+
+    saves = False
+
+    def saves_after_this_step() -> bool:
+        nonlocal saves
+        is_due = (learner.step_number + 1) % checkpoint_every == 0
+        saves = is_due or stop.signal is not None
+        return saves
 
     with stop_requests() as stop, MetricsFile(folder.metrics) as metrics:
-        for batch in _with_bar(batches, n_tokens, learner.n_tokens_seen, progress):
+        fetched = prefetched(batches, saves_after_this_step)
+        for batch in _with_bar(fetched, n_tokens, learner.n_tokens_seen, progress):
             measured = learner.step(batch)
             is_last = learner.n_tokens_seen >= n_tokens
             if is_last or (learner.step_number - 1) % log_every == 0:
@@ -205,17 +217,43 @@ def _run_in(
                     metrics.write({**position_now, **name, **values})
             if is_last:
                 break
-            if stop.signal is not None:
+            # A signal that came during this step is heeded after the next, whose batch is being
+            # read already.
+            if saves:
                 save()
-                raise RunInterrupted(
-                    f"{stop.signal.name} after step {learner.step_number}: a checkpoint is in "
-                    f"{folder.checkpoints}. Go on with resume=True (saefeat train --resume)."
-                )
-            if learner.step_number % checkpoint_every == 0:
-                save()
+                if stop.signal is not None:
+                    raise RunInterrupted(
+                        f"{stop.signal.name} before step {learner.step_number} ended: a checkpoint "
+                        f"is in {folder.checkpoints}. Go on with resume=True (saefeat train "
+                        "--resume)."
+                    )
     bank = learner.finish()
-    folder.finish(bank)
+    with _saying_how_to_go_on("The trained dictionaries"):
+        folder.finish(bank)
     return bank
+
+
+def _restored(
+    folder: RunFolder, learner: BankLearner, stream: ActivationStream, n_tokens: int
+) -> TrainingBatches:
+    """The batches to go on with, the learner set to its last checkpoint, if there is one."""
+    checkpoint = folder.last_checkpoint()
+    if checkpoint is None:
+        return stream.batches(n_tokens)
+    learner.restore(checkpoint.training)
+    return stream.batches(n_tokens, (checkpoint.stream, checkpoint.stream_rows))
+
+
+@contextmanager
+def _saying_how_to_go_on(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{what} could not be written ({error.strerror or error}). Checkpoints that were "
+            "written before are whole: go on from the last with resume=True",
+        ) from error
 
 
 def _with_bar(
