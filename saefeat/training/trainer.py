@@ -215,11 +215,9 @@ def _run_in(
                     name = dict(zip(("hook_name", "expansion_factor", "seed"), key, strict=True))
                     values = {term: float(value) for term, value in terms.items()}
                     metrics.write({**position_now, **name, **values})
-            if is_last:
-                break
             # A signal that came during this step is heeded after the next, whose batch is being
             # read already.
-            if saves:
+            if saves and not is_last:
                 save()
                 if stop.signal is not None:
                     raise RunInterrupted(
