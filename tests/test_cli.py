@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from typing import get_args
@@ -115,6 +116,27 @@ def test_training_says_what_it_will_cost_and_then_writes_the_bank(local_model, t
     assert bank[hooks[0], 8, 0].config.target_l0 == 8
     again = saefeat("train", *options)
     assert_refused(again, "never overwrites")
+
+
+def test_an_interrupted_training_says_how_to_go_on_and_goes_on(local_model, text, tmp_path):
+    out = tmp_path / "out"
+    options = ("--model", local_model, "--text", text, *SMALL, "--tokens", 60_000, "--k", 4)
+    command = [sys.executable, "-m", "saefeat", "train", *map(str, options), "--out", str(out)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as running:
+        said = ""
+        while "training:" not in said:
+            said += running.stderr.read(1)
+        running.send_signal(signal.SIGINT)
+        said += running.stderr.read()
+    assert running.returncode == 130
+    assert "Go on with resume=True (saefeat train --resume)" in said.strip().splitlines()[-1]
+    assert not (out / "saes").exists()
+    finished = saefeat("train", *options, "--out", out, "--resume")
+    assert finished.returncode == 0, finished.stderr
+    assert len(sf.Bank.load(out)) == 3
+    other = saefeat("train", *options, "--k", 3, "--out", out, "--resume")
+    assert_refused(other, "its dictionaries is")
 
 
 def assert_refused(finished, message):
