@@ -259,12 +259,18 @@ def test_the_learning_rate_rises_holds_and_falls():
 
 
 def test_the_default_learning_rate_goes_by_width_in_long_runs_and_by_steps_in_short_ones():
-    assert peak_learning_rate(sf.TopKConfig(), 2**14, 10**7) == pytest.approx(2e-4)
-    assert peak_learning_rate(sf.TopKConfig(), 2**12, 10**7) == pytest.approx(4e-4)
-    assert peak_learning_rate(sf.TopKConfig(), 2**14, 100) == pytest.approx(8e-3)
-    assert peak_learning_rate(sf.TopKConfig(), 2**14, 4_000) == pytest.approx(4e-3)
-    assert peak_learning_rate(sf.StandardConfig(), 2**14, 4_000) == pytest.approx(2e-3)
-    assert peak_learning_rate(sf.TopKConfig(learning_rate=0.5), 7, 1) == 0.5
+    assert peak_learning_rate(sf.TopKConfig(), 2**14, 10**7, 4096) == pytest.approx(2e-4)
+    assert peak_learning_rate(sf.TopKConfig(), 2**12, 10**7, 4096) == pytest.approx(4e-4)
+    assert peak_learning_rate(sf.TopKConfig(), 2**14, 100, 2048) == pytest.approx(8e-3)
+    assert peak_learning_rate(sf.TopKConfig(), 2**14, 4_000, 8192) == pytest.approx(4e-3)
+    assert peak_learning_rate(sf.StandardConfig(), 2**14, 4_000, 2048) == pytest.approx(2e-3)
+    assert peak_learning_rate(sf.TopKConfig(learning_rate=0.5), 7, 1, 1) == 0.5
+
+
+def test_the_default_learning_rate_is_lower_in_small_batches_but_not_too_low():
+    rates = [peak_learning_rate(sf.TopKConfig(), 2**14, 100, n) for n in (1152, 512, 8)]
+    assert rates == pytest.approx([6e-3, 4e-3, 4e-3])
+    assert peak_learning_rate(sf.StandardConfig(), 2**14, 100, 8) == pytest.approx(4e-3)
 
 
 def test_the_geometric_median_ignores_a_far_outlier():

@@ -31,7 +31,9 @@ class Learner:
         self.dictionary = dictionary
         self.n_steps = n_steps
         self.kernels = kernels
-        self.peak_learning_rate = peak_learning_rate(config, dictionary.d_sae, n_steps)
+        self.peak_learning_rate = peak_learning_rate(
+            config, dictionary.d_sae, n_steps, n_tokens / n_steps
+        )
         self.generator = torch.Generator(dictionary.W_dec.device)
         self.generator.manual_seed(dictionary.origin.seed or 0)
         for parameter in dictionary.parameters():
