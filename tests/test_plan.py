@@ -69,15 +69,28 @@ RUNS = {
 }
 
 SCRIPT = """
-import json, resource, sys
+import json
 import saefeat as sf
-from test_plan import tensor_stream, text_stream
+from test_plan import peak_bytes, tensor_stream, text_stream
 stream, config, options = {stream}, {config}, {options}
 planned = sf.plan(stream, config, progress=False, **options).to_dict()
 sf.train(stream, config, progress=False, **options)
-unit = 1 if sys.platform == "darwin" else 1024
-print(json.dumps([planned, unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+print(json.dumps([planned, peak_bytes()]))
 """
+
+
+def peak_bytes():
+    """The most memory that this process has had, since it became the program that it is.
+
+    Not `ru_maxrss` where there is another way: on Linux a process inherits it from its parent.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        return 1024 * int(line.group(1))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @pytest.fixture(scope="module")
