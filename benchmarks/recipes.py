@@ -9,7 +9,8 @@ the same code on the same held-out tokens.
 
 Writes a row to the CSV as soon as it is known, and skips rows that are already there.
 
-The committed table is of --peer-rate 4e-3, our own default for so many steps, since at its own
+The committed table is of --peer-rate 4e-3, our own default for so many steps when it was made (our
+rows of TopK, BatchTopK and Matryoshka at layer 3 are later, at 8e-3 and 6e-3), since at its own
 SAELens was far behind: TopK on layer 15 ended at FVU .46 after 0.4M tokens, .22 at 4e-3.
 
     python benchmarks/recipes.py --peer-rate 4e-3 --out benchmarks/results/recipes.csv
