@@ -79,7 +79,7 @@ def run_demo(
     )
     bank = train(
         stream,
-        # At so low a rate a long decay only costs: FVU .116 for .109 at layer 0, .283 for .272 at 23.
+        # At so low a rate a long decay only costs: FVU .116 for .109 at layer 0.
         TopKConfig(k=32, learning_rate=2e-3, decay_fraction=0.2),
         expansion_factors=[4],
         n_tokens=tokens,
