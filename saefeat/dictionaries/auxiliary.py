@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 SHARE_OF_STEP = 100
 """Entries of the step's dense product for each one of the auxiliary loss's. Its six products in
 float32 take about ten times as long for an entry, so this keeps it to a tenth of the step."""
+MOST_ROWS = 256
+"""Rows that it is estimated from at most: elementwise work on them is most of its cost."""
 FEWEST_ROWS = 64
 """Rows that the auxiliary loss is estimated from, however many latents are dead."""
 
@@ -46,11 +48,11 @@ def auxiliary_loss(
     at every layer. Gradients reach encoder, decoder and encoder bias of the dead latents, as the
     main loss cannot. Callers skip this while nothing is dead.
     """
-    # Of the rows a quarter, or what takes a tenth of a step, drawn by the shuffling of the stream:
-    # an estimate without bias.
+    # Some of the rows, no more than take a tenth of a step, drawn by the shuffling of the stream:
+    # an estimate without bias. FVU and dead share are those of a quarter of 2,048 rows.
     dead = context.dead
     n_affordable = len(x) * dictionary.d_sae // (SHARE_OF_STEP * len(dead))
-    n_rows = max(1, min(len(x) // 4, max(FEWEST_ROWS, n_affordable)))
+    n_rows = max(1, min(len(x) // 4, MOST_ROWS, max(FEWEST_ROWS, n_affordable)))
     target = residual[:n_rows]
     centred = dictionary.centred(x[:n_rows]).detach()
     encoder, decoder = (rows_of(one, dead) for one in (dictionary.encoder, dictionary.W_dec))
