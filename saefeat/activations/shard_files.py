@@ -1,6 +1,7 @@
 """The tensors of shards: mapped into memory where they lie here, fetched by block where not."""
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ class Blocks:
     """How many rows it has."""
 
 
-class Shards:
+class Shards(ABC):
     """Shards of a store, the header of each checked before its first use.
 
     A *piece* is what a tensor of rows can be had of at once; `piece` and `offset` say of each
@@ -62,13 +63,13 @@ class Shards:
         self._blocks = blocks
         self._places: dict[int, dict[str, TensorPlace]] = {}
 
+    @abstractmethod
     def prepare(self, blocks: Numbers, ahead: Numbers) -> None:
         """Says which blocks are read now, and which are likely to be next."""
-        raise NotImplementedError
 
+    @abstractmethod
     def column(self, piece: int, name: str) -> Tensor:
         """A tensor of the piece: rows of a hook, their scales, token ids or positions."""
-        raise NotImplementedError
 
     def places(self, shard: int) -> dict[str, TensorPlace]:
         """Where the tensors of a shard lie."""

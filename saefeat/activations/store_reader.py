@@ -18,6 +18,7 @@ from saefeat.activations.store_index import (
     read_index,
 )
 from saefeat.activations.store_source import StoreSource
+from saefeat.activations.stream_checks import rows_to_mix
 from saefeat.activations.tokens import Tokens
 from saefeat.core.files import hash_bytes
 from saefeat.core.folders import Folder, LocalFolder, RemoteFolder, open_folder
@@ -55,7 +56,7 @@ def open_store_sources(
         )
     window_rows = buffer_rows
     if buffer_rows is None and not all(run.is_shuffled for run in index.runs):
-        window_rows = max(16 * batch_size, 65_536)
+        window_rows = rows_to_mix(batch_size, None)
     known = SimpleNamespace(hook_dict=index.widths)
     chosen = index.hooks if hooks is None else resolve_hooks(known, hooks)
     train, held_out = (

@@ -30,6 +30,7 @@ from saefeat.activations.sources import (
     fingerprint,
 )
 from saefeat.activations.store_reader import open_store_sources
+from saefeat.activations.stream_checks import check_fit, check_numbers, rows_to_mix, split_rows
 from saefeat.activations.tokens import Tokens
 
 # Tokens in one forward, unless told otherwise: enough to keep two cores or a GPU busy with a
@@ -76,8 +77,8 @@ class ActivationStream:
         Raises:
             ValueError: A number is out of range, or the source has no rows.
         """
-        _check_numbers(batch_size, seed)
-        buffer_rows = _buffer_rows(batch_size, buffer_rows)
+        check_numbers(batch_size, seed)
+        buffer_rows = rows_to_mix(batch_size, buffer_rows)
         if source.n_rows == 0:
             raise ValueError("There are no rows to train on: no position of the text counts.")
         self.hooks: list[str] = list(example)
@@ -151,7 +152,7 @@ class ActivationStream:
                 f"tokens must come from load_tokens, which takes a {type(tokens).__name__} too if "
                 "it holds token ids: it marks the positions that count and holds some out."
             )
-        _check_fit(model, tokens)
+        check_fit(model, tokens)
         if contexts_per_forward is None:
             contexts_per_forward = max(1, TOKENS_PER_FORWARD // tokens.context_size)
         if contexts_per_forward < 1 or (max_norm_ratio is not None and max_norm_ratio <= 1):
@@ -206,30 +207,12 @@ class ActivationStream:
             ValueError: The tensors are not aligned floating-point matrices on one device, or
                 a number is out of range. While iterating: NaN or infinity.
         """
-        _check_numbers(batch_size, seed)
+        check_numbers(batch_size, seed)
         tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        is_aligned = (
-            all(x.ndim == 2 and x.is_floating_point() and x.numel() for x in tensors.values())
-            and len({(len(x), x.device) for x in tensors.values()}) == 1
-        )
-        if not is_aligned:
-            raise ValueError(
-                f"The tensors have shapes {shapes}. Give floating-point matrices [n, d] on one "
-                "device that agree in n, row i being the same sample in each."
-            )
-        n_rows = len(next(iter(tensors.values())))
-        n_held_out = 0 if held_out_fraction == 0 else max(1, round(held_out_fraction * n_rows))
-        if held_out_fraction < 0 or n_held_out >= n_rows:
-            raise ValueError(
-                f"held_out_fraction={held_out_fraction} of {n_rows} rows leaves none to train on "
-                "or is no share; it must be at least 0 and below 1."
-            )
-        rows = torch.from_numpy(np.random.default_rng(seed).permutation(n_rows))
-        held_out_rows, train_rows = rows[:n_held_out].sort().values, rows[n_held_out:]
+        train_rows, held_out_rows = split_rows(tensors, held_out_fraction, seed)
         return cls(
             TensorSource(tensors, train_rows, batch_size),
-            TensorSource(tensors, held_out_rows, batch_size) if n_held_out else None,
+            TensorSource(tensors, held_out_rows, batch_size) if len(held_out_rows) else None,
             example=tensors,
             batch_size=batch_size,
             # The source gives its rows in random order already.
@@ -271,9 +254,9 @@ class ActivationStream:
             ValueError: The store is of another version or damaged, has no rows yet, or lacks
                 a hook.
         """
-        _check_numbers(batch_size, seed)
+        check_numbers(batch_size, seed)
         if buffer_rows is not None:
-            _buffer_rows(batch_size, buffer_rows)
+            rows_to_mix(batch_size, buffer_rows)
         opened = open_store_sources(
             folder,
             hooks,
@@ -426,35 +409,3 @@ class ActivationStream:
                     return
                 yield {name: x[start:stop] for name, x in chunk.items()}
                 n_left -= stop - start
-
-
-def _buffer_rows(batch_size: int, buffer_rows: int | None) -> int:
-    if buffer_rows is None:
-        return max(16 * batch_size, 65_536)
-    if buffer_rows < batch_size:
-        raise ValueError(
-            f"buffer_rows={buffer_rows} holds less than a batch of {batch_size}. Give several "
-            "batches, so that there is something to mix."
-        )
-    return buffer_rows
-
-
-def _check_numbers(batch_size: int, seed: int) -> None:
-    for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
-        if value < least:
-            raise ValueError(f"{name}={value} is too small; it must be at least {least}.")
-
-
-def _check_fit(model: Any, tokens: Tokens) -> None:
-    """Catches what would otherwise be an index error deep inside the model."""
-    cfg = getattr(model, "cfg", None)
-    vocabulary, longest = getattr(cfg, "d_vocab", None), getattr(cfg, "n_ctx", None)
-    if vocabulary and vocabulary > 0 and int(tokens.ids.max()) >= vocabulary:
-        raise ValueError(
-            f"Token id {int(tokens.ids.max())} is beyond the model's vocabulary of {vocabulary}. "
-            "The text was probably tokenised for another model."
-        )
-    if longest and tokens.context_size > longest:
-        raise ValueError(
-            f"Contexts of {tokens.context_size} tokens are longer than the model's {longest}."
-        )

@@ -11,7 +11,7 @@ import torch
 
 from saefeat.activations.stream import ActivationStream
 from saefeat.core.devices import fastest_dtype
-from saefeat.dictionaries.auxiliary import AuxiliaryConfig
+from saefeat.dictionaries.auxiliary import MOST_ROWS, AuxiliaryConfig
 from saefeat.dictionaries.base import Dictionary, DictionaryConfig
 from saefeat.dictionaries.jump_relu import JumpReLUConfig
 from saefeat.dictionaries.matching_pursuit import MatchingPursuitConfig
@@ -205,7 +205,8 @@ class Requirements:
         # A source keeps its last chunk, and the loop its last batch, until they have the next.
         moments = [chunk + 2 * batch, batch + 3 * chunk + self.forward_bytes] if reading else [0]
         if learning:
-            read = (chunk + batch) if reading else 0
+            # The next batch is read while this one is learned from.
+            read = max(moments)
             moments.append(read + self._step_bytes())
             begun = 8 * n_parameters + read + self._first_step_bytes()
             moments.append(begun - lasting[WEIGHTS] - lasting[SCORES])
@@ -249,8 +250,8 @@ class Requirements:
             # Rows less their mean, rows less b_dec, and a residual for each block.
             needed = 4 * n * (2 * one.d_in + (n_blocks + 1) * one.d_out) + ENTRY_BYTES * nnz
             if isinstance(one.config, AuxiliaryConfig) and one.config.auxiliary_weight:
-                # Encoder and decoder of dead latents, their gradients, and a quarter of the rows.
-                copied = int(DEAD_SHARE * one.d_sae) * 2 + n // 4
+                # Encoder and decoder of dead latents, their gradients, and some of the rows.
+                copied = int(DEAD_SHARE * one.d_sae) * 2 + min(n // 4, MOST_ROWS)
                 needed += 4 * copied * (one.d_in + one.d_out)
             most = max(most, needed)
         return self._scaled_bytes() + most
