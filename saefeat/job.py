@@ -5,7 +5,7 @@ from __future__ import annotations
 import sysconfig
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # A command line that only shows its help need not wait for torch.
     from saefeat.activations.stream import ActivationStream
@@ -132,18 +132,7 @@ class Job:
         """What the run will cost; see `saefeat.plan`."""
         from saefeat.training.plan import plan
 
-        return plan(
-            stream,
-            self.config(),
-            expansion_factors=self.expansion_factors,
-            seeds=self.seeds,
-            n_tokens=self.tokens,
-            out=out,
-            checkpoint_every=self.checkpoint_every,
-            device=self.device,
-            log_every=self.log_every,
-            progress=progress,
-        )
+        return plan(stream, self.config(), out=out, progress=progress, **self._options)
 
     def train(
         self, stream: ActivationStream, out: Path, *, resume: bool = False, progress: bool = True
@@ -152,18 +141,20 @@ class Job:
         from saefeat.training.trainer import train
 
         return train(
-            stream,
-            self.config(),
-            expansion_factors=self.expansion_factors,
-            seeds=self.seeds,
-            n_tokens=self.tokens,
-            out=out,
-            resume=resume,
-            checkpoint_every=self.checkpoint_every,
-            device=self.device,
-            log_every=self.log_every,
-            progress=progress,
+            stream, self.config(), out=out, resume=resume, progress=progress, **self._options
         )
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What `saefeat.plan` and `saefeat.train` both take."""
+        return {
+            "expansion_factors": self.expansion_factors,
+            "seeds": self.seeds,
+            "n_tokens": self.tokens,
+            "checkpoint_every": self.checkpoint_every,
+            "device": self.device,
+            "log_every": self.log_every,
+        }
 
 
 def _flag(name: str) -> str:
