@@ -1,0 +1,290 @@
+"""Which directions of one dictionary are those of another: the ground on which counts stand.
+
+Directions are compared by signed cosine: codes are not negative, so that a row and its opposite
+are two features. A row of norm 0 has no direction and is matched with nothing.
+
+Shape letters used in this file: d width of the activations, n rows, w latents of a dictionary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+_BLOCK_ELEMENTS = 1 << 24
+"""Cosines held at once while pairs are looked for: 64 MB of float32."""
+
+_ROUNDING = 1e-5
+"""How far a float32 cosine may be below the threshold to be worked out again in float64."""
+
+Pairs = tuple[Int[Tensor, " n_pairs"], Int[Tensor, " n_pairs"], Float[Tensor, " n_pairs"]]
+"""`(rows, columns, cosines)`."""
+
+
+def assign(
+    a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b _"], *, at_least: float | None = None
+) -> Pairs:
+    """The one-to-one assignment between the rows of `a` and of `b` with the largest sum of cosines.
+
+    The Hungarian assignment (Kuhn 1955) of unit-normalised rows. As many pairs come back as the
+    smaller side has rows other than 0, in the order of `a`.
+
+    Args:
+        a: Directions, of any length.
+        b: Directions, of any length.
+        at_least: Only pairs with at least this cosine, above 0, may be made, and the sum over
+            those is maximised. So a pair that counts is never given up for the sake of
+            pairs that do not, and no table of all pairs is held.
+
+    Returns:
+        `(rows, columns, cosines)`, the cosines in float64.
+
+    Raises:
+        ValueError: The widths differ, a number is not finite, or `at_least` is out of range.
+    """
+    unit_a, unit_b = _unit_rows(a), _unit_rows(b)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"Directions must be of one width, got {a.shape[1]} and {b.shape[1]}. Are both "
+            "dictionaries of the same hook?"
+        )
+    if at_least is not None:
+        _check_cosine(at_least, "at_least")
+        return _assign_admitted(*_pairs(unit_a, unit_b, at_least), len(a), len(b))
+    kept_a, kept_b = (unit.any(1).nonzero()[:, 0] for unit in (unit_a, unit_b))
+    cosines = (unit_a[kept_a] @ unit_b[kept_b].T).clamp_(-1, 1)
+    rows, columns = linear_sum_assignment(cosines.numpy(), maximize=True)
+    picked = torch.from_numpy(rows), torch.from_numpy(columns)
+    return kept_a[picked[0]], kept_b[picked[1]], cosines[picked]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeedFeatures:
+    """Latents of several seeds, put together where they are one direction."""
+
+    groups: tuple[Int[Tensor, " _"], ...]
+    """For each seed, the group of each of its latents; -1 for a row of norm 0."""
+    found_in: Int[Tensor, " n_groups"]
+    """In how many seeds each group was found."""
+    directions: Float[Tensor, "n_groups d"]
+    """The mean of the unit rows of each group, at length 1."""
+
+    @property
+    def n_seeds(self) -> int:
+        return len(self.groups)
+
+    @property
+    def n_observed(self) -> int:
+        """Groups in all, those of one seed included."""
+        return len(self.found_in)
+
+    @property
+    def n_stable(self) -> int:
+        """Groups found in two seeds at least."""
+        return int((self.found_in >= 2).sum())
+
+    def seen_in(self, j: int) -> int:
+        """How many groups were found in exactly `j` seeds: Q_j of the estimators."""
+        return int((self.found_in == j).sum())
+
+
+def features_over_seeds(
+    decoders: Sequence[Float[Tensor, "_ d"]], *, cosine: float = 0.8
+) -> SeedFeatures:
+    """Put together the latents of several dictionaries that are one direction.
+
+    Between each two seeds, the assignment of largest summed cosine among the pairs of at least
+    `cosine` makes links. Links are then followed from the strongest to the weakest, and each
+    joins the groups of its two latents, unless the joined group would hold two latents of one
+    seed: such a link is dropped. So a chain in which A of one seed resembles B of another and
+    B resembles a second A' leaves B with the nearer of the two. Of equal links, the one between
+    earlier seeds and latents is followed first.
+
+    Args:
+        decoders: One `[w, d]` matrix of decoder rows for each seed; widths `w` may differ. Set
+            the rows of dead latents to 0, since they still have the directions they began with.
+        cosine: Least cosine between latents that are one.
+
+    Raises:
+        ValueError: There is no dictionary, widths d differ, or `cosine` is out of range.
+    """
+    _check_cosine(cosine, "cosine")
+    if not decoders:
+        raise ValueError("Features over seeds need the decoder rows of one seed at least, got none")
+    units = [_unit_rows(decoder) for decoder in decoders]
+    starts = np.cumsum([0, *map(len, units)])
+    links = [np.empty((0, 3))]
+    for s in range(len(units)):
+        for t in range(s + 1, len(units)):
+            rows, columns, cosines = assign(units[s], units[t], at_least=cosine)
+            numbers = (rows.numpy() + starts[s], columns.numpy() + starts[t], cosines.numpy())
+            links.append(np.column_stack(numbers))
+    left, right, strength = np.concatenate(links).T
+    order = np.lexsort((right, left, -strength))
+    owner = np.repeat(np.arange(len(units)), np.diff(starts))
+    root = _joined(owner, left[order].astype(np.int64), right[order].astype(np.int64))
+    gathered = _gathered(units, root)
+    return replace(gathered, directions=gathered.directions.to(decoders[0].dtype))
+
+
+def merge_duplicates(
+    rows: Float[Tensor, "n d"],
+    cosine: float = 0.9,
+    *,
+    weights: Float[Tensor, " n"] | None = None,
+) -> Int[Tensor, " n"]:
+    """Which row stands for each row, once near-duplicates within one dictionary are merged.
+
+    Rows are gone through from the heaviest to the lightest. One that has a cosine of at least
+    `cosine` with a row that was kept is a duplicate, and every other one is kept; then each
+    duplicate is given to the nearest row that was kept. Only kept rows attract, so that a chain
+    of neighbours, each near the next, does not swallow directions that are far from each other,
+    as single linkage would.
+
+    Args:
+        rows: Directions, of any length.
+        cosine: Least cosine between a duplicate and the row that stands for it.
+        weights: What decides which of two duplicates is kept, such as the latents' contributions;
+            None keeps the earlier.
+
+    Returns:
+        The index of the row that stands for each row, its own where it was kept; -1 for rows of
+        norm 0. `merged[merged >= 0].unique()` are the kept ones.
+
+    Raises:
+        ValueError: A number is not finite, or `cosine` is out of range.
+    """
+    _check_cosine(cosine, "cosine")
+    unit = _unit_rows(rows)
+    left, right, cosines = _pairs(unit, unit, cosine)
+    apart = left != right
+    left, right, cosines = left[apart], right[apart], cosines[apart]
+    heavy = torch.zeros(len(rows)) if weights is None else weights.detach().cpu()
+    if not heavy.isfinite().all():
+        raise ValueError("Weights of rows must be finite: they decide which duplicate is kept.")
+    rank = torch.empty(len(rows), dtype=torch.int64)
+    rank[heavy.argsort(descending=True, stable=True)] = torch.arange(len(rows))
+    # Only heavier neighbours can make a row a duplicate.
+    heavier = rank[right] < rank[left]
+    neighbours: dict[int, list[int]] = {}
+    for row, neighbour in zip(left[heavier].tolist(), right[heavier].tolist(), strict=True):
+        neighbours.setdefault(row, []).append(neighbour)
+    kept = torch.ones(len(rows), dtype=torch.bool)
+    for row in sorted(neighbours, key=rank.tolist().__getitem__):
+        kept[row] = not any(kept[neighbour] for neighbour in neighbours[row])
+    merged = torch.arange(len(rows))
+    merged[~unit.any(1)] = -1
+    useful = ~kept[left] & kept[right]
+    left, right, cosines = left[useful], right[useful], cosines[useful]
+    # Nearest last, of equals the heaviest last, since later writes win.
+    for entry in np.lexsort((-rank[right].numpy(), cosines.numpy())):
+        merged[left[entry]] = right[entry]
+    return merged
+
+
+def _unit_rows(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Rows at length 1 in float64 on the processor; rows of norm 0 stay."""
+    rows = rows.detach().cpu().double()
+    if not rows.isfinite().all():
+        raise ValueError(
+            f"{int((~rows.isfinite()).any(1).sum())} of {len(rows)} directions are not finite. "
+            "Did the training of this dictionary diverge?"
+        )
+    lengths: Tensor = rows.norm(dim=1, keepdim=True)
+    lengths[lengths == 0] = 1
+    return rows / lengths
+
+
+def _check_cosine(cosine: float, name: str) -> None:
+    if not 0 < cosine <= 1:
+        raise ValueError(
+            f"{name} must be above 0 and at most 1, got {cosine}: it is the least cosine between "
+            "directions that are taken for one."
+        )
+
+
+def _pairs(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"], cosine: float) -> Pairs:
+    """All pairs of unit rows with at least this cosine, in the order of `a`, then of `b`."""
+    short_a, short_b = a.float(), b.float()
+    n_at_once = max(1, _BLOCK_ELEMENTS // max(1, len(b)))
+    lefts, rights = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
+    for start in range(0, len(a), n_at_once):
+        near = short_a[start : start + n_at_once] @ short_b.T >= cosine - _ROUNDING
+        left, right = near.nonzero(as_tuple=True)
+        lefts.append(left + start)
+        rights.append(right)
+    left, right = torch.cat(lefts), torch.cat(rights)
+    n_at_once = max(1, _BLOCK_ELEMENTS // max(1, a.shape[1]))
+    parts = zip(left.split(n_at_once), right.split(n_at_once), strict=True)
+    exact = [torch.einsum("nd,nd->n", a[one], b[other]) for one, other in parts]
+    cosines = torch.cat([torch.empty(0, dtype=torch.float64), *exact]).clamp_(-1, 1)
+    admitted = cosines >= cosine
+    return left[admitted], right[admitted], cosines[admitted]
+
+
+def _assign_admitted(
+    left: Int[Tensor, " n"],
+    right: Int[Tensor, " n"],
+    cosines: Float[Tensor, " n"],
+    n_a: int,
+    n_b: int,
+) -> Pairs:
+    """The matching of largest summed cosine within a list of pairs, one component at a time."""
+    edges = coo_array((cosines.numpy(), (left.numpy(), right.numpy() + n_a)), (n_a + n_b,) * 2)
+    _, component = connected_components(edges, directed=False)
+    of_pair = torch.from_numpy(component)[left]
+    n_pairs = torch.bincount(of_pair, minlength=1)[of_pair] if len(left) else of_pair
+    chosen = n_pairs == 1
+    by_component = of_pair.argsort(stable=True)
+    by_component = by_component[~chosen[by_component]]
+    sizes = torch.unique_consecutive(of_pair[by_component], return_counts=True)[1]
+    for members in by_component.split(sizes.tolist()):
+        rows, row = left[members].unique(return_inverse=True)
+        columns, column = right[members].unique(return_inverse=True)
+        # A pair that is not admitted is worth nothing, and is left out again below.
+        worth = torch.zeros(len(rows), len(columns), dtype=torch.float64)
+        entry = torch.full((len(rows), len(columns)), -1)
+        worth[row, column], entry[row, column] = cosines[members], members
+        picked = entry[linear_sum_assignment(worth.numpy(), maximize=True)]
+        chosen[picked[picked >= 0]] = True
+    return left[chosen], right[chosen], cosines[chosen]
+
+
+def _joined(
+    owner: Int[np.ndarray, " n"], left: Int[np.ndarray, " m"], right: Int[np.ndarray, " m"]
+) -> Int[np.ndarray, " n"]:
+    """The first latent of the group of each latent, after joining along links in their order."""
+    root = list(range(len(owner)))
+    members = [[number] for number in range(len(owner))]
+    for one, other in zip(left.tolist(), right.tolist(), strict=True):
+        first, second = sorted((root[one], root[other]))
+        seeds = {owner[number] for number in members[first]}
+        if first == second or seeds & {owner[number] for number in members[second]}:
+            continue
+        for number in members[second]:
+            root[number] = first
+        members[first] += members[second]
+    return np.array(root, dtype=np.int64)
+
+
+def _gathered(units: Sequence[Float[Tensor, "_ d"]], root: Int[np.ndarray, " n"]) -> SeedFeatures:
+    stacked = torch.cat(list(units))
+    known = stacked.any(1)
+    _, inverse = torch.from_numpy(root)[known].unique(return_inverse=True)
+    group = torch.full((len(root),), -1)
+    group[known] = inverse
+    n_groups = int(inverse.max()) + 1 if len(inverse) else 0
+    found_in = torch.bincount(inverse, minlength=n_groups)
+    directions = torch.zeros(n_groups, stacked.shape[1], dtype=torch.float64)
+    directions.index_add_(0, inverse, stacked[known])
+    return SeedFeatures(
+        groups=group.split([len(unit) for unit in units]),
+        found_in=found_in,
+        directions=torch.nn.functional.normalize(directions, dim=1),
+    )
