@@ -117,7 +117,7 @@ def test_pairs_are_the_same_in_blocks_as_at_once(
 ) -> None:
     a, b = directions(30, 3, generator), directions(25, 3, generator)
     whole = assign(a, b, at_least=0.8)
-    monkeypatch.setattr("saefeat.superposition.matching._BLOCK_ELEMENTS", 60)
+    monkeypatch.setattr("saefeat.superposition.directions._BLOCK_ELEMENTS", 60)
     for part, expected in zip(assign(a, b, at_least=0.8), whole, strict=True):
         assert torch.equal(part, expected)
 

@@ -1,5 +1,6 @@
 """Measures of dictionaries. One measure a file; each sums over batches and divides once."""
 
+from saefeat.metrics.contribution import ablation_costs
 from saefeat.metrics.fidelity import (
     fraction_variance_unexplained,
     normalized_mse,
@@ -13,6 +14,7 @@ from saefeat.metrics.sparsity import (
 )
 
 __all__ = [
+    "ablation_costs",
     "ce_loss_recovered",
     "effective_features",
     "feature_density",

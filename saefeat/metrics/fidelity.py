@@ -78,8 +78,8 @@ class FidelitySums:
         self.n_rows = merged
 
     @property
-    def fvu(self) -> float:
-        """See `fraction_variance_unexplained`."""
+    def total_variance(self) -> float:
+        """Sum over rows of the squared distance to the mean; what shares of variance divide by."""
         if self.n_rows < 2:
             raise ValueError(
                 f"FVU is undefined: {self.n_rows} rows have no variance. Give at least 2."
@@ -91,7 +91,12 @@ class FidelitySums:
                 f"FVU is undefined: all {self.n_rows} rows of `target` are equal. "
                 "Check that the hook point is not a constant (a bias, a masked position)."
             )
-        return self.squared_error / self.squared_deviation
+        return self.squared_deviation
+
+    @property
+    def fvu(self) -> float:
+        """See `fraction_variance_unexplained`."""
+        return self.squared_error / self.total_variance
 
     @property
     def normalized_mse(self) -> float:

@@ -11,20 +11,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-_BLOCK_ELEMENTS = 1 << 24
-"""Cosines held at once while pairs are looked for: 64 MB of float32."""
-
-_ROUNDING = 1e-5
-"""How far a float32 cosine may be below the threshold to be worked out again in float64."""
-
-Pairs = tuple[Int[Tensor, " n_pairs"], Int[Tensor, " n_pairs"], Float[Tensor, " n_pairs"]]
-"""`(rows, columns, cosines)`."""
+from saefeat.superposition.directions import Pairs, check_cosine, close_pairs, unit_rows
 
 
 def assign(
@@ -48,15 +41,15 @@ def assign(
     Raises:
         ValueError: The widths differ, a number is not finite, or `at_least` is out of range.
     """
-    unit_a, unit_b = _unit_rows(a), _unit_rows(b)
+    unit_a, unit_b = unit_rows(a), unit_rows(b)
     if a.shape[1] != b.shape[1]:
         raise ValueError(
             f"Directions must be of one width, got {a.shape[1]} and {b.shape[1]}. Are both "
             "dictionaries of the same hook?"
         )
     if at_least is not None:
-        _check_cosine(at_least, "at_least")
-        return _assign_admitted(*_pairs(unit_a, unit_b, at_least), len(a), len(b))
+        check_cosine(at_least, "at_least")
+        return _assign_admitted(*close_pairs(unit_a, unit_b, at_least), len(a), len(b))
     kept_a, kept_b = (unit.any(1).nonzero()[:, 0] for unit in (unit_a, unit_b))
     cosines = (unit_a[kept_a] @ unit_b[kept_b].T).clamp_(-1, 1)
     rows, columns = linear_sum_assignment(cosines.numpy(), maximize=True)
@@ -114,10 +107,10 @@ def features_over_seeds(
     Raises:
         ValueError: There is no dictionary, widths d differ, or `cosine` is out of range.
     """
-    _check_cosine(cosine, "cosine")
+    check_cosine(cosine, "cosine")
     if not decoders:
         raise ValueError("Features over seeds need the decoder rows of one seed at least, got none")
-    units = [_unit_rows(decoder) for decoder in decoders]
+    units = [unit_rows(decoder) for decoder in decoders]
     starts = np.cumsum([0, *map(len, units)])
     links = [np.empty((0, 3))]
     for s in range(len(units)):
@@ -160,9 +153,9 @@ def merge_duplicates(
     Raises:
         ValueError: A number is not finite, or `cosine` is out of range.
     """
-    _check_cosine(cosine, "cosine")
-    unit = _unit_rows(rows)
-    left, right, cosines = _pairs(unit, unit, cosine)
+    check_cosine(cosine, "cosine")
+    unit = unit_rows(rows)
+    left, right, cosines = close_pairs(unit, unit, cosine)
     apart = left != right
     left, right, cosines = left[apart], right[apart], cosines[apart]
     heavy = torch.zeros(len(rows)) if weights is None else weights.detach().cpu()
@@ -188,44 +181,14 @@ def merge_duplicates(
     return merged
 
 
-def _unit_rows(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Rows at length 1 in float64 on the processor; rows of norm 0 stay."""
-    rows = rows.detach().cpu().double()
-    if not rows.isfinite().all():
-        raise ValueError(
-            f"{int((~rows.isfinite()).any(1).sum())} of {len(rows)} directions are not finite. "
-            "Did the training of this dictionary diverge?"
-        )
-    lengths: Tensor = rows.norm(dim=1, keepdim=True)
-    lengths[lengths == 0] = 1
-    return rows / lengths
-
-
-def _check_cosine(cosine: float, name: str) -> None:
-    if not 0 < cosine <= 1:
-        raise ValueError(
-            f"{name} must be above 0 and at most 1, got {cosine}: it is the least cosine between "
-            "directions that are taken for one."
-        )
-
-
-def _pairs(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"], cosine: float) -> Pairs:
-    """All pairs of unit rows with at least this cosine, in the order of `a`, then of `b`."""
-    short_a, short_b = a.float(), b.float()
-    n_at_once = max(1, _BLOCK_ELEMENTS // max(1, len(b)))
-    lefts, rights = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-    for start in range(0, len(a), n_at_once):
-        near = short_a[start : start + n_at_once] @ short_b.T >= cosine - _ROUNDING
-        left, right = near.nonzero(as_tuple=True)
-        lefts.append(left + start)
-        rights.append(right)
-    left, right = torch.cat(lefts), torch.cat(rights)
-    n_at_once = max(1, _BLOCK_ELEMENTS // max(1, a.shape[1]))
-    parts = zip(left.split(n_at_once), right.split(n_at_once), strict=True)
-    exact = [torch.einsum("nd,nd->n", a[one], b[other]) for one, other in parts]
-    cosines = torch.cat([torch.empty(0, dtype=torch.float64), *exact]).clamp_(-1, 1)
-    admitted = cosines >= cosine
-    return left[admitted], right[admitted], cosines[admitted]
+def near_duplicates(rows: Float[Tensor, "n d"], cosine: float = 0.9) -> Bool[Tensor, " n"]:
+    """Which rows have another row at a cosine of at least `cosine`."""
+    check_cosine(cosine, "cosine")
+    unit = unit_rows(rows)
+    left, right, _ = close_pairs(unit, unit, cosine)
+    near = torch.zeros(len(rows), dtype=torch.bool)
+    near[left[left != right]] = True
+    return near
 
 
 def _assign_admitted(

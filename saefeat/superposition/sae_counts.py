@@ -1,0 +1,168 @@
+"""`sae_counts`: every count of features that a bank of dictionaries with several seeds allows."""
+
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from saefeat.activations.stream import ActivationStream
+from saefeat.dictionaries.base import Dictionary
+from saefeat.metrics.contribution import AblationCosts
+from saefeat.metrics.sparsity import SparsityCounts
+from saefeat.superposition.estimators import SeedCounts, costly_latents
+from saefeat.superposition.matching import near_duplicates
+from saefeat.training.bank import Bank, Key
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SAECounts:
+    """Counts of the features at one hook from the seeds of one width, side by side."""
+
+    hook_name: str
+    expansion_factor: float
+    d_in: int
+    d_sae: int
+    seeds: tuple[int, ...]
+    n_tokens: int
+    """Held-out rows of activations that all of it was measured on."""
+    alive: SeedCounts
+    """Of the latents that fired at least once on them."""
+    costly: SeedCounts
+    """Of the alive latents whose ablation costs at least `cost_share` of the median cost."""
+    cost_share: float
+    effective: tuple[float, ...]
+    """The effective number e^H of each seed; see `metrics.effective_features`."""
+    l0: tuple[float, ...]
+    """Latents on per row, for each seed."""
+    fvu: tuple[float, ...]
+    """Fraction of variance unexplained by each seed."""
+    split_share: tuple[float, ...]
+    """Share of each seed's alive latents with another alive one at a cosine of 0.9 or more: what
+    of a wider dictionary's count is splitting."""
+
+
+@torch.no_grad()
+def sae_counts(
+    bank: Bank,
+    stream: ActivationStream,
+    *,
+    hook_name: str | None = None,
+    n_tokens: int = 100_000,
+    cosine: float = 0.8,
+    cost_share: float = 0.1,
+    progress: bool = True,
+) -> tuple[SAECounts, ...]:
+    """Count features from the seeds of a bank, for each of its hooks and widths.
+
+    The counts of one hook, in the order of width, are its width curve. Where the stable count
+    stops growing with the width and little is split, the features that training finds have run
+    out; where it grows, there is more to find, or `split_share` grows with it.
+
+    Args:
+        bank: Dictionaries, at least two seeds of each hook and width.
+        stream: A stream with the hooks of the bank; only its held-out part is read.
+        hook_name: The hook to count at; None counts at all.
+        n_tokens: Held-out rows to measure on; fewer if fewer were held out.
+        cosine: Least cosine between latents of two seeds that are one feature.
+        cost_share: See `costly_latents`.
+        progress: Whether to draw a progress bar on standard error.
+
+    Returns:
+        Counts by hook in the order of the bank, then by width from the narrowest.
+
+    Raises:
+        KeyError: The bank has no such hook, or the stream lacks a hook of the bank.
+        ValueError: A hook and width has one seed only, an option is out of range, nothing was held
+            out, or the activations do not vary.
+    """
+    families = _families(bank, hook_name, stream)
+    if n_tokens < 2:
+        raise ValueError(f"n_tokens must be at least 2, got {n_tokens}.")
+    measured = {key: bank[key] for keys in families for key in keys}
+    sparsity = {key: SparsityCounts(one.W_dec.norm(dim=1)) for key, one in measured.items()}
+    costs = {key: AblationCosts(one.W_dec) for key, one in measured.items()}
+    n_seen = 0
+    bar = tqdm(unit="tok", desc="counting", disable=not progress)
+    for batch in stream.held_out_batches(n_tokens):
+        n_seen += len(next(iter(batch.values())))
+        bar.update(n_seen - bar.n)
+        for key, dictionary in measured.items():
+            codes = dictionary.encode(batch[key[0]].cpu().float())
+            target = batch[bank.targets[key]].cpu().float()
+            sparsity[key].update(codes)
+            costs[key].update(codes, target, dictionary.decode(codes))
+    bar.close()
+    return tuple(
+        _counts({key: measured[key] for key in keys}, sparsity, costs, n_seen, cosine, cost_share)
+        for keys in families
+    )
+
+
+def _families(bank: Bank, hook_name: str | None, stream: ActivationStream) -> list[list[Key]]:
+    """The keys of each hook and width, by hook and then by width."""
+    if hook_name is not None and hook_name not in bank.hooks:
+        raise KeyError(f"The bank has no hook {hook_name!r}; it has {', '.join(bank.hooks)}.")
+    wanted = bank.hooks if hook_name is None else [hook_name]
+    needed = {
+        name
+        for key, target in bank.targets.items()
+        for name in (key[0], target)
+        if key[0] in wanted
+    }
+    missing = sorted(needed.difference(stream.hooks))
+    if missing:
+        raise KeyError(
+            f"The stream has no hook {missing[0]!r}, which the bank has dictionaries of; it has "
+            f"{', '.join(stream.hooks)}. Make the stream with hooks=bank.hooks."
+        )
+    families: dict[tuple[str, float], list[Key]] = {
+        (name, factor): []
+        for name in wanted
+        for factor in sorted({key[1] for key in bank if key[0] == name})
+    }
+    for key in bank:
+        if key[0] in wanted:
+            families[key[:2]].append(key)
+    for (name, factor), keys in families.items():
+        if len(keys) < 2:
+            raise ValueError(
+                f"Counting at {name!r}, expansion factor {factor:g}, needs at least 2 seeds, "
+                f"better 3, and the bank has seed {keys[0][2]} only. Train with seeds=[0, 1, 2]."
+            )
+    return list(families.values())
+
+
+def _counts(
+    family: dict[Key, Dictionary],
+    sparsity: dict[Key, SparsityCounts],
+    costs: dict[Key, AblationCosts],
+    n_tokens: int,
+    cosine: float,
+    cost_share: float,
+) -> SAECounts:
+    (hook_name, expansion_factor, _), first = next(iter(family.items()))
+    decoders = [one.W_dec.detach() for one in family.values()]
+    alive = [sparsity[key].firing > 0 for key in family]
+    costly = [costly_latents(costs[key].share_of_variance, cost_share) for key in family]
+    return SAECounts(
+        hook_name=hook_name,
+        expansion_factor=expansion_factor,
+        d_in=first.d_in,
+        d_sae=first.d_sae,
+        seeds=tuple(key[2] for key in family),
+        n_tokens=n_tokens,
+        alive=SeedCounts.of(decoders, alive, cosine=cosine),
+        costly=SeedCounts.of(decoders, costly, cosine=cosine),
+        cost_share=cost_share,
+        effective=tuple(sparsity[key].effective_features for key in family),
+        l0=tuple(sparsity[key].l0 for key in family),
+        fvu=tuple(costs[key].fidelity.fvu for key in family),
+        split_share=tuple(
+            _share(near_duplicates(decoder[fired]))
+            for decoder, fired in zip(decoders, alive, strict=True)
+        ),
+    )
+
+
+def _share(counted: torch.Tensor) -> float:
+    return float(counted.double().mean()) if len(counted) else 0.0
