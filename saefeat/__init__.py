@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from saefeat.activations.store import ActivationStore as ActivationStore
     from saefeat.activations.store import cache_activations as cache_activations
     from saefeat.activations.stream import ActivationStream as ActivationStream
+    from saefeat.activations.synthetic import SyntheticActivations as SyntheticActivations
     from saefeat.activations.tokens import Tokens as Tokens
     from saefeat.activations.tokens import load_tokens as load_tokens
     from saefeat.dictionaries.base import Dictionary as Dictionary
@@ -42,6 +43,7 @@ _HOMES = {
     "Dictionary": "saefeat.dictionaries.base",
     "Plan": "saefeat.training.plan",
     "Report": "saefeat.report.record",
+    "SyntheticActivations": "saefeat.activations.synthetic",
     "Tokens": "saefeat.activations.tokens",
     "StandardConfig": "saefeat.dictionaries.standard",
     "GatedConfig": "saefeat.dictionaries.gated",

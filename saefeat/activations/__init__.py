@@ -8,12 +8,14 @@ from saefeat.activations.hooks import (
 )
 from saefeat.activations.store import ActivationStore, cache_activations
 from saefeat.activations.stream import ActivationStream
+from saefeat.activations.synthetic import SyntheticActivations
 from saefeat.activations.tokens import Tokens, load_tokens
 
 __all__ = [
     "ActivationStore",
     "ActivationStream",
     "HookReader",
+    "SyntheticActivations",
     "Tokens",
     "cache_activations",
     "load_tokens",
