@@ -317,6 +317,20 @@ def test_nothing_is_absorbed_without_a_child_or_by_one_that_is_weak(
     assert math.isnan(never.rate)
 
 
+def test_a_copy_of_the_parents_latent_absorbs_nothing(generator: torch.Generator) -> None:
+    """The parent's rows are divided between two latents of one direction."""
+    codes, decoder, is_on, _ = absorbed_codes(generator)
+    whole = absorption_of_feature(codes, decoder, 0, decoder[0], is_on)
+    halves = codes.to_dense()
+    other = halves[:, :1] * (torch.arange(3000) % 2)[:, None]
+    halves[:, :1] -= other
+    split = Codes.from_dense(torch.cat([halves, other], dim=1))
+    copied = torch.cat([decoder, decoder[:1]])
+    assert absorption_of_feature(split, copied, 0, decoder[0], is_on) == whole
+    told_apart = absorption_of_feature(split, copied, 0, decoder[0], is_on, same=1.1)
+    assert told_apart.n_missed > whole.n_missed
+
+
 def test_a_narrower_dictionary_tells_the_same_absorption_without_labels(
     generator: torch.Generator,
 ) -> None:
