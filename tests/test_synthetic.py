@@ -10,7 +10,7 @@ from scipy.stats import multivariate_normal, norm
 
 import saefeat as sf
 from saefeat.activations.sources import LeftOut
-from saefeat.activations.synthetic import BLOCK_ROWS, EPOCH_ROWS
+from saefeat.activations.synthetic_source import BLOCK_ROWS, EPOCH_ROWS
 from saefeat.kernels.codes import Codes
 
 N_ROWS = 50_000
@@ -197,6 +197,41 @@ def test_given_directions_are_used() -> None:
     assert torch.equal(x, codes.to_dense())
 
 
+@pytest.mark.parametrize("law", ["constant", "zipf", "log_uniform", "correlated"])
+def test_the_law_is_that_of_sae_lens_for_equal_options(law: str) -> None:
+    """Densities, how many are on together, and the first two moments of the rows."""
+    synthetic = pytest.importorskip("sae_lens.synthetic")
+    truth = make(**LAWS[law], magnitude="constant")
+    matrix = None
+    if law == "correlated":
+        matrix = truth.correlation * (truth.blocks[:, None] == truth.blocks).float()
+        matrix.fill_diagonal_(1.0)
+
+    def use_ours(dictionary: Any) -> None:
+        dictionary.feature_vectors.data = truth.directions.clone()
+
+    peer = synthetic.ActivationGenerator(
+        40, truth.densities.float(), correlation_matrix=matrix, mean_firing_magnitudes=1.0
+    )
+    dictionary = synthetic.FeatureDictionary(40, 16, initializer=use_ours)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        peer_codes = peer.sample(N_ROWS)
+        peer_x = dictionary(peer_codes)
+    x, codes = truth.sample(N_ROWS)
+    assert within((peer_codes > 0).double().sum(0), truth.densities, N_ROWS)
+    on, peer_on = (one.double() for one in (codes.to_dense(), peer_codes))
+    together, peer_together = on.T @ on, peer_on.T @ peer_on
+    slack = 5.5 * (together + peer_together).sqrt() + 2
+    assert ((together - peer_together).abs() < slack).all()
+    assert float(sf.metrics.l0(codes)) == pytest.approx(float(peer_on.sum(1).mean()), rel=0.02)
+    assert float(on.sum(1).var()) == pytest.approx(float(peer_on.sum(1).var()), rel=0.05)
+    scale = float(x.square().mean())
+    assert float((x.mean(0) - peer_x.mean(0)).abs().max()) < 6 * math.sqrt(2 * scale / N_ROWS)
+    difference = (x.T @ x - peer_x.T @ peer_x) / N_ROWS
+    assert float(difference.abs().max()) < 0.05 * scale
+
+
 # Rows by number.
 
 
@@ -364,9 +399,9 @@ def test_rows_are_cached_and_read_back(tmp_path: Any) -> None:
         ({"seed": -1}, "seed=-1 must be"),
         ({"noise": -0.1}, "noise=-0.1 must be"),
         ({"noise": math.nan}, "noise=nan must be"),
-        ({"density": 0.0}, "density of 0 is no share"),
+        ({"density": 0.0}, "^0 is no density"),
         ({"density": 1.5}, "largest at 1.5, above 1"),
-        ({"density": math.nan}, "density of nan is no share"),
+        ({"density": math.nan}, "^nan is no density"),
         ({"density": 0.3, "density_distribution": "zipf"}, "above 1. Lower the density"),
         ({"density_distribution": "normal"}, "'normal' is unknown"),
         ({"density_ratio": 0.5}, "density_ratio=0.5 must be"),
@@ -377,8 +412,8 @@ def test_rows_are_cached_and_read_back(tmp_path: Any) -> None:
         ({"hierarchy": 0.5}, "find no parent"),
         ({"hierarchy": 1.0}, "hierarchy=1.0 must be"),
         ({"n_pairs": 21}, "21 pairs need 42 features, of 40"),
-        ({"n_pairs": 1, "pair_density": 1.1}, "density of 1.1 is no share"),
-        ({"density": torch.full((39,), 0.1)}, r"density has shape \[39\]"),
+        ({"n_pairs": 1, "pair_density": 1.1}, "^1.1 is no density"),
+        ({"density": torch.full((39,), 0.1)}, "density holds 39 numbers, but 40"),
         (
             {"density": torch.full((40,), 0.1), "density_distribution": "zipf"},
             "Give one or the other",
