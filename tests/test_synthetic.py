@@ -9,7 +9,7 @@ import torch
 from scipy.stats import multivariate_normal, norm
 
 import saefeat as sf
-from saefeat.activations.sources import LeftOut
+from saefeat.activations.sources import LeftOut, Progress
 from saefeat.activations.synthetic_source import BLOCK_ROWS, EPOCH_ROWS
 from saefeat.kernels.codes import Codes
 
@@ -57,7 +57,9 @@ def within(counts: torch.Tensor, expected: torch.Tensor, n: int) -> bool:
 @pytest.mark.parametrize("law", LAWS)
 def test_every_feature_is_on_as_often_as_was_asked(law: str) -> None:
     truth = make(**LAWS[law])
-    n_on = firing(truth).sum(0)
+    codes = truth.sample(N_ROWS)[1]
+    n_on = codes.firing_counts().double()
+    assert torch.equal(n_on, (codes.to_dense() > 0).double().sum(0)), "an entry is there twice"
     assert within(n_on, truth.densities, N_ROWS)
     assert not within(n_on, truth.densities * 1.2, N_ROWS), "the test would miss 20 %"
     assert truth.l0 == pytest.approx(float(truth.densities.sum()))
@@ -101,6 +103,7 @@ def test_correlated_features_are_on_together_as_the_normal_orthant_says() -> Non
     rho = 0.6
     truth = make(**{**LAWS["correlated"], "correlation_block_size": 5})
     assert torch.bincount(truth.blocks).tolist() == [5] * 8
+    assert not torch.equal(truth.blocks, truth.blocks.sort().values), "blocks mix densities"
     n = 4 * N_ROWS
     on = firing(truth, n)
     both, p = (on.T @ on).numpy(), truth.densities.numpy()
@@ -281,6 +284,10 @@ def test_every_stream_holds_the_same_rows_out_and_trains_on_none_of_them() -> No
     n = BLOCK_ROWS + 100
     held_out = rows(truth.stream(held_out_rows=n).held_out_batches())
     assert torch.equal(held_out, truth.sample(n, part="held_out")[0])
+    assert torch.equal(held_out, truth.sample(n, part="held_out", seed=5)[0])
+    source = truth.stream(held_out_rows=n)._held_out_source
+    chunks = source.chunks(np.arange(source.n_items), Progress())
+    assert [len(chunk["synthetic"]) for chunk in chunks] == [BLOCK_ROWS, 100]
     assert torch.equal(held_out[:50], rows(truth.stream(seed=7).held_out_batches(50)))
     trained = rows(truth.stream().batches(3 * n))
     assert len(torch.unique(torch.cat([held_out, trained]), dim=0)) == 4 * n
@@ -300,10 +307,9 @@ def test_a_stream_goes_on_from_the_middle_of_a_block() -> None:
 
 
 def test_batches_are_new_tensors() -> None:
-    truth = make()
-    batches = truth.stream(batch_size=100).batches(300)
-    next(batches)["synthetic"].zero_()
-    assert torch.equal(next(batches)["synthetic"], truth.sample(200, part="train")[0][100:])
+    stream = make().stream(batch_size=100)
+    next(stream.batches(100))["synthetic"].zero_()
+    assert torch.equal(rows(stream.batches(100)), make().sample(100, part="train")[0])
 
 
 def test_an_epoch_has_no_end_and_costs_nothing_to_begin() -> None:
@@ -331,6 +337,18 @@ def test_fingerprints_differ_where_rows_do() -> None:
     found |= {make().stream(seed=1).fingerprint, make().stream(hook_name="b").fingerprint}
     assert len(found) == len(options) + 2
     assert make().stream().fingerprint == make().stream().fingerprint
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_the_same_law_and_goes_on_with_the_same_rows() -> None:
+    options = {**LAWS["both, and pairs"], "noise": 0.1}
+    truth = make(**options, device="cuda")
+    assert torch.equal(truth.directions.cpu(), make(**options).directions)
+    x, codes = truth.sample(N_ROWS, part="train")
+    assert within(codes.firing_counts().double(), truth.densities, N_ROWS)
+    noise = x - codes.to_dense() @ truth.directions
+    assert float(noise.std()) == pytest.approx(0.1, rel=0.02)
+    assert torch.equal(rows(truth.stream(batch_size=1000).batches(N_ROWS)), x)
 
 
 # With everything that takes a stream.

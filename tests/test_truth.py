@@ -151,6 +151,9 @@ def test_deciles_of_a_hand_written_example() -> None:
     dense[20:, 0] = 0
     alone = on_share_by_decile(Codes.from_dense(dense), Codes.from_dense(truth), match)
     assert alone.tolist() == [0.5, 0, 0, 0, 0, 1, 1, 1, 1, 1]
+    # A stored 0 is off: here every entry of the truth is stored.
+    stored = Codes.from_rows(torch.arange(4).expand(30, 4), truth, 4)
+    assert torch.equal(on_share_by_decile(Codes.from_dense(dense), stored, match), alone)
 
 
 def test_deciles_leave_out_latents_that_are_no_features() -> None:
