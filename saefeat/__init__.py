@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from saefeat.models.load import load_model as load_model
     from saefeat.report.measure import measure as measure
     from saefeat.report.record import Report as Report
+    from saefeat.superposition.sae_counts import sae_counts as sae_counts
     from saefeat.training.bank import Bank as Bank
     from saefeat.training.plan import Plan as Plan
     from saefeat.training.plan import plan as plan
@@ -59,6 +60,7 @@ _HOMES = {
     "measure": "saefeat.report.measure",
     "plan": "saefeat.training.plan",
     "read_activations": "saefeat.activations.hooks",
+    "sae_counts": "saefeat.superposition.sae_counts",
     "train": "saefeat.training.trainer",
 }
 """Where each public name is defined."""

@@ -232,6 +232,7 @@ def test_a_bank_is_counted_by_every_estimator(stream: sf.ActivationStream) -> No
     assert (counts.costly.n_observed, counts.costly.n_stable) == (20, 16)
     assert counts.costly.chao2 == chao2(found(4, 16), 2)
     assert counts.costly.coverage == pytest.approx(1 - 4 / 36)
+    assert counts.distinct == counts.costly
     assert counts.split_share == (0, 0)
     assert all(17.5 < effective < 20 for effective in counts.effective)
     x = torch.cat([batch["a"] for batch in stream.held_out_batches(1500)])
@@ -245,25 +246,30 @@ def test_a_bank_is_counted_by_every_estimator(stream: sf.ActivationStream) -> No
 def test_the_width_curve_shows_splitting_and_dead_latents_do_not_count(
     stream: sf.ActivationStream, generator: torch.Generator
 ) -> None:
-    """The wide dictionary has three near copies of each of four features and random dead rows."""
+    """In the wide dictionary two near copies share each of four features, and 12 rows are dead."""
     axes = torch.eye(24)
     bank = {}
     for seed in (0, 1):
-        bank["a", 1.0, seed] = built(axes[:20], seed, 1.0)
-        noise = 0.05 * torch.randn(8, 24, generator=generator)
-        copies = normalize(axes[:4].repeat(2, 1) + noise, dim=1)
+        bank["a", 1.0, seed] = built(axes[:20], seed, 20 / 24)
+        copies = normalize(axes[:4] + 0.05 * torch.randn(4, 24, generator=generator), dim=1)
         dead = normalize(torch.randn(12, 24, generator=generator), dim=1)
-        wide = built(torch.cat([axes[:20], copies, dead]), seed, 40 / 24, k=40)
+        wide = built(torch.cat([axes[:20], copies, dead]), seed, 1.5, k=36)
         with torch.no_grad():
-            wide.encoder[28:] = 0
-        bank["a", 40 / 24, seed] = wide
-    counts = sae_counts(sf.Bank(dict(reversed(bank.items()))), stream, progress=False)
-    assert [one.d_sae for one in counts] == [20, 40]
-    assert [one.alive.per_seed for one in counts] == [(20, 20), (28, 28)]
-    assert counts[0].split_share == (0, 0)
-    assert counts[1].split_share == pytest.approx((12 / 28, 12 / 28))
-    assert counts[0].alive.n_stable == 20
-    assert counts[1].alive.n_stable == 28
+            wide.encoder[:4] /= 2
+            wide.encoder[20:24] /= 2
+            wide.encoder[24:] = 0
+        bank["a", 1.5, seed] = wide
+    narrow, wide = sae_counts(sf.Bank(dict(reversed(bank.items()))), stream, progress=False)
+    assert (narrow.d_sae, wide.d_sae) == (20, 36)
+    assert (narrow.alive.per_seed, wide.alive.per_seed) == ((20, 20), (24, 24))
+    assert narrow.split_share == (0, 0)
+    assert wide.split_share == pytest.approx((8 / 24, 8 / 24))
+    assert narrow.alive.n_stable == narrow.distinct.n_stable == 20
+    # The copies cost their share and are as stable as features, until they are merged.
+    assert wide.alive.n_stable == wide.costly.n_stable == 24
+    assert wide.distinct.per_seed == (20, 20)
+    assert wide.distinct.n_stable == 20
+    assert wide.distinct.coverage == 1
 
 
 def test_a_bank_that_cannot_be_counted_is_refused(stream: sf.ActivationStream) -> None:

@@ -9,8 +9,8 @@ import torch
 from scipy.stats import multivariate_normal, norm
 
 import saefeat as sf
-from saefeat.activations.sources import LeftOut
-from saefeat.activations.synthetic import BLOCK_ROWS, EPOCH_ROWS
+from saefeat.activations.sources import LeftOut, Progress
+from saefeat.activations.synthetic_source import BLOCK_ROWS, EPOCH_ROWS
 from saefeat.kernels.codes import Codes
 
 N_ROWS = 50_000
@@ -57,7 +57,9 @@ def within(counts: torch.Tensor, expected: torch.Tensor, n: int) -> bool:
 @pytest.mark.parametrize("law", LAWS)
 def test_every_feature_is_on_as_often_as_was_asked(law: str) -> None:
     truth = make(**LAWS[law])
-    n_on = firing(truth).sum(0)
+    codes = truth.sample(N_ROWS)[1]
+    n_on = codes.firing_counts().double()
+    assert torch.equal(n_on, (codes.to_dense() > 0).double().sum(0)), "an entry is there twice"
     assert within(n_on, truth.densities, N_ROWS)
     assert not within(n_on, truth.densities * 1.2, N_ROWS), "the test would miss 20 %"
     assert truth.l0 == pytest.approx(float(truth.densities.sum()))
@@ -101,6 +103,7 @@ def test_correlated_features_are_on_together_as_the_normal_orthant_says() -> Non
     rho = 0.6
     truth = make(**{**LAWS["correlated"], "correlation_block_size": 5})
     assert torch.bincount(truth.blocks).tolist() == [5] * 8
+    assert not torch.equal(truth.blocks, truth.blocks.sort().values), "blocks mix densities"
     n = 4 * N_ROWS
     on = firing(truth, n)
     both, p = (on.T @ on).numpy(), truth.densities.numpy()
@@ -197,6 +200,41 @@ def test_given_directions_are_used() -> None:
     assert torch.equal(x, codes.to_dense())
 
 
+@pytest.mark.parametrize("law", ["constant", "zipf", "log_uniform", "correlated"])
+def test_the_law_is_that_of_sae_lens_for_equal_options(law: str) -> None:
+    """Densities, how many are on together, and the first two moments of the rows."""
+    synthetic = pytest.importorskip("sae_lens.synthetic")
+    truth = make(**LAWS[law], magnitude="constant")
+    matrix = None
+    if law == "correlated":
+        matrix = truth.correlation * (truth.blocks[:, None] == truth.blocks).float()
+        matrix.fill_diagonal_(1.0)
+
+    def use_ours(dictionary: Any) -> None:
+        dictionary.feature_vectors.data = truth.directions.clone()
+
+    peer = synthetic.ActivationGenerator(
+        40, truth.densities.float(), correlation_matrix=matrix, mean_firing_magnitudes=1.0
+    )
+    dictionary = synthetic.FeatureDictionary(40, 16, initializer=use_ours)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        peer_codes = peer.sample(N_ROWS)
+        peer_x = dictionary(peer_codes)
+    x, codes = truth.sample(N_ROWS)
+    assert within((peer_codes > 0).double().sum(0), truth.densities, N_ROWS)
+    on, peer_on = (one.double() for one in (codes.to_dense(), peer_codes))
+    together, peer_together = on.T @ on, peer_on.T @ peer_on
+    slack = 5.5 * (together + peer_together).sqrt() + 2
+    assert ((together - peer_together).abs() < slack).all()
+    assert float(sf.metrics.l0(codes)) == pytest.approx(float(peer_on.sum(1).mean()), rel=0.02)
+    assert float(on.sum(1).var()) == pytest.approx(float(peer_on.sum(1).var()), rel=0.05)
+    scale = float(x.square().mean())
+    assert float((x.mean(0) - peer_x.mean(0)).abs().max()) < 6 * math.sqrt(2 * scale / N_ROWS)
+    difference = (x.T @ x - peer_x.T @ peer_x) / N_ROWS
+    assert float(difference.abs().max()) < 0.05 * scale
+
+
 # Rows by number.
 
 
@@ -246,6 +284,10 @@ def test_every_stream_holds_the_same_rows_out_and_trains_on_none_of_them() -> No
     n = BLOCK_ROWS + 100
     held_out = rows(truth.stream(held_out_rows=n).held_out_batches())
     assert torch.equal(held_out, truth.sample(n, part="held_out")[0])
+    assert torch.equal(held_out, truth.sample(n, part="held_out", seed=5)[0])
+    source = truth.stream(held_out_rows=n)._held_out_source
+    chunks = source.chunks(np.arange(source.n_items), Progress())
+    assert [len(chunk["synthetic"]) for chunk in chunks] == [BLOCK_ROWS, 100]
     assert torch.equal(held_out[:50], rows(truth.stream(seed=7).held_out_batches(50)))
     trained = rows(truth.stream().batches(3 * n))
     assert len(torch.unique(torch.cat([held_out, trained]), dim=0)) == 4 * n
@@ -265,10 +307,9 @@ def test_a_stream_goes_on_from_the_middle_of_a_block() -> None:
 
 
 def test_batches_are_new_tensors() -> None:
-    truth = make()
-    batches = truth.stream(batch_size=100).batches(300)
-    next(batches)["synthetic"].zero_()
-    assert torch.equal(next(batches)["synthetic"], truth.sample(200, part="train")[0][100:])
+    stream = make().stream(batch_size=100)
+    next(stream.batches(100))["synthetic"].zero_()
+    assert torch.equal(rows(stream.batches(100)), make().sample(100, part="train")[0])
 
 
 def test_an_epoch_has_no_end_and_costs_nothing_to_begin() -> None:
@@ -296,6 +337,18 @@ def test_fingerprints_differ_where_rows_do() -> None:
     found |= {make().stream(seed=1).fingerprint, make().stream(hook_name="b").fingerprint}
     assert len(found) == len(options) + 2
     assert make().stream().fingerprint == make().stream().fingerprint
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_the_same_law_and_goes_on_with_the_same_rows() -> None:
+    options = {**LAWS["both, and pairs"], "noise": 0.1}
+    truth = make(**options, device="cuda")
+    assert torch.equal(truth.directions.cpu(), make(**options).directions)
+    x, codes = truth.sample(N_ROWS, part="train")
+    assert within(codes.firing_counts().double(), truth.densities, N_ROWS)
+    noise = x - codes.to_dense() @ truth.directions
+    assert float(noise.std()) == pytest.approx(0.1, rel=0.02)
+    assert torch.equal(rows(truth.stream(batch_size=1000).batches(N_ROWS)), x)
 
 
 # With everything that takes a stream.
@@ -364,9 +417,9 @@ def test_rows_are_cached_and_read_back(tmp_path: Any) -> None:
         ({"seed": -1}, "seed=-1 must be"),
         ({"noise": -0.1}, "noise=-0.1 must be"),
         ({"noise": math.nan}, "noise=nan must be"),
-        ({"density": 0.0}, "density of 0 is no share"),
+        ({"density": 0.0}, "^0 is no density"),
         ({"density": 1.5}, "largest at 1.5, above 1"),
-        ({"density": math.nan}, "density of nan is no share"),
+        ({"density": math.nan}, "^nan is no density"),
         ({"density": 0.3, "density_distribution": "zipf"}, "above 1. Lower the density"),
         ({"density_distribution": "normal"}, "'normal' is unknown"),
         ({"density_ratio": 0.5}, "density_ratio=0.5 must be"),
@@ -377,8 +430,8 @@ def test_rows_are_cached_and_read_back(tmp_path: Any) -> None:
         ({"hierarchy": 0.5}, "find no parent"),
         ({"hierarchy": 1.0}, "hierarchy=1.0 must be"),
         ({"n_pairs": 21}, "21 pairs need 42 features, of 40"),
-        ({"n_pairs": 1, "pair_density": 1.1}, "density of 1.1 is no share"),
-        ({"density": torch.full((39,), 0.1)}, r"density has shape \[39\]"),
+        ({"n_pairs": 1, "pair_density": 1.1}, "^1.1 is no density"),
+        ({"density": torch.full((39,), 0.1)}, "density holds 39 numbers, but 40"),
         (
             {"density": torch.full((40,), 0.1), "density_distribution": "zipf"},
             "Give one or the other",

@@ -4,7 +4,6 @@ Shape letters: n features, nnz entries of codes.
 """
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -54,6 +53,27 @@ def spread_densities(
             "the densities less unequal."
         )
     return densities
+
+
+def given_densities(
+    densities: Float[Tensor, " _"], n: int, distribution: str
+) -> Float[Tensor, " n"]:
+    """The densities that a caller gives, checked, in float64.
+
+    Raises:
+        ValueError: There are not n, or a distribution is asked for besides.
+    """
+    if distribution != "constant":
+        raise ValueError(
+            f"density_distribution={distribution!r} spreads a mean, but density gives each "
+            "feature its own. Give one or the other."
+        )
+    if len(densities) != n:
+        raise ValueError(
+            f"density holds {len(densities)} numbers, but {n} features are in no pair: give a "
+            "mean, or one number for each of those."
+        )
+    return densities.detach().double().cpu()
 
 
 def draw_parents(
@@ -118,8 +138,16 @@ def draw_magnitudes(law: str, n: int, draws: RandomDraws) -> Float[Tensor, " n"]
     return torch.ones_like(values)
 
 
-def check_shares(shares: Mapping[str, float]) -> None:
-    """Refuse a share that is not from 0 up to 1, 1 left out."""
-    for name, share in shares.items():
-        if not 0 <= share < 1:
-            raise ValueError(f"{name}={share} must be at least 0 and below 1.")
+def check_directions(directions: Float[Tensor, "..."], n_features: int, d_in: int) -> None:
+    """Refuse what are no unit vectors, one for each feature."""
+    if directions.shape != (n_features, d_in):
+        raise ValueError(
+            f"directions has shape {list(directions.shape)}, not [n_features, d_in] = "
+            f"{[n_features, d_in]}."
+        )
+    error = float((directions.norm(dim=1) - 1).abs().max())
+    if not error < 1e-4:
+        raise ValueError(
+            f"directions must be unit vectors, and the norm of one is {error:.3g} from 1. Divide "
+            "each by its norm; how strongly features fire is for `magnitude` to say."
+        )

@@ -28,7 +28,8 @@ class RandomDraws(Protocol):
 def draws_of(key: tuple[int, ...], device: torch.device) -> RandomDraws:
     """The sequence that belongs to a key: the same every time, unlike that of any other key.
 
-    It is another one on a processor than on a GPU, whose generator is not the same.
+    It is another one on a processor than on a GPU, whose generator is not the same, and may be
+    another one in another version of numpy or torch.
     """
     seeds = np.random.SeedSequence(key[0], spawn_key=key[1:])
     if device.type == "cpu":

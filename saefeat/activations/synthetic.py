@@ -1,9 +1,7 @@
 """Activations whose features are known, to test what finds features.
 
-Shape letters: n features, m rows, d_in width, nnz features that are on in all rows together.
+Shape letters: n features, m rows, d_in width.
 """
-
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -12,40 +10,43 @@ from torch import Tensor
 
 from saefeat.activations.feature_laws import (
     MAGNITUDES,
-    check_shares,
+    check_directions,
     draw_blocks,
     draw_magnitudes,
     draw_parents,
+    given_densities,
     spread_densities,
 )
-from saefeat.activations.firing import Firing
+from saefeat.activations.firing import ROWS_AT_ONCE, Firing
 from saefeat.activations.random_draws import draws_of
-from saefeat.activations.sources import Chunk, LeftOut, Order, Progress, fingerprint
+from saefeat.activations.sources import fingerprint
 from saefeat.activations.stream import ActivationStream
+from saefeat.activations.synthetic_source import (
+    BLOCK_ROWS,
+    EPOCH_ROWS,
+    SyntheticSource,
+    blocks_of,
+)
 from saefeat.core.devices import resolve_device
-from saefeat.kernels.codes import Codes, SparsityPattern
+from saefeat.kernels.codes import Codes, SparsityPattern, offsets_of
 from saefeat.kernels.stock import product
 
-BLOCK_ROWS = 4096
-"""Rows that are made at once, from one key."""
-EPOCH_ROWS = 2**32
-"""Training rows of an epoch; the next epoch has others."""
 HELD_OUT_ROWS = 2**20
 """Held-out rows of a stream, unless told otherwise."""
-
-_STRUCTURE = 0
-_PARTS = {"train": 1, "held_out": 2, "own": 3}
-"""Second number of the keys that random numbers are drawn by."""
+STRUCTURE = 0
+"""Second number of the seed that directions, parents and blocks are drawn from."""
+PARTS = {"train": 1, "held_out": 2, "own": 3}
+"""And of the keys that rows are drawn from."""
 
 
 class SyntheticActivations:
     """Rows x = sum_i b_i c_i f_i + noise: which features f_i are on, b_i, and how strongly, c_i.
 
     Every row can be made again by its number: rows come in blocks of 4,096, each drawn from a key
-    of its own, so that no choice of batches changes them. A feature is on independently of the
-    others, unless one of these is asked for; its density stays what it is asked to be:
+    of its own, so that no choice of batches changes them. Each feature is on independently of the
+    others, unless one of the following is asked for, and always as often as it is asked to be:
 
-    Correlation. Features in blocks, put together at random, are on if latent normals pass a
+    Correlation. Features in blocks, put together at random, are on where latent normals pass a
     threshold, which correlate within the block (a Gaussian copula).
 
     Hierarchy. The least dense features are children. A child is on only where its parent is on,
@@ -63,7 +64,7 @@ class SyntheticActivations:
         *,
         n_features: int,
         d_in: int,
-        density: float | Float[Tensor, " n"],
+        density: float | Float[Tensor, " _"],
         density_distribution: str = "constant",
         zipf_exponent: float = 0.7,
         density_ratio: float = 100.0,
@@ -74,7 +75,7 @@ class SyntheticActivations:
         hierarchy: float = 0.0,
         n_pairs: int = 0,
         pair_density: float = 0.25,
-        directions: Float[Tensor, "n d_in"] | None = None,
+        directions: Float[Tensor, "..."] | None = None,
         seed: int = 0,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -114,7 +115,9 @@ class SyntheticActivations:
         ):
             if not least <= value < float("inf"):
                 raise ValueError(f"{name}={value} must be finite and at least {least}.")
-        check_shares({"correlation": correlation, "hierarchy": hierarchy})
+        for name, share in (("correlation", correlation), ("hierarchy", hierarchy)):
+            if not 0 <= share < 1:
+                raise ValueError(f"{name}={share} must be at least 0 and below 1.")
         if magnitude not in MAGNITUDES:
             raise ValueError(f"magnitude={magnitude!r} is unknown; use one of {list(MAGNITUDES)}.")
         if 2 * n_pairs > n_features:
@@ -126,19 +129,11 @@ class SyntheticActivations:
         self.correlation = correlation
         self.seed = seed
         self.device = resolve_device(device)
+        if self.device.type == "mps":
+            raise ValueError("device='mps' lacks float64, in which features are drawn. Use 'cpu'.")
         n_others = n_features - 2 * n_pairs
         if isinstance(density, Tensor):
-            if density_distribution != "constant":
-                raise ValueError(
-                    f"density_distribution={density_distribution!r} spreads a mean, but density "
-                    "gives each feature its own. Give one or the other."
-                )
-            others = density.detach().double().cpu()
-            if others.shape != (n_others,):
-                raise ValueError(
-                    f"density has shape {list(density.shape)}, but {n_others} features are in no "
-                    "pair: give a mean, or one number for each of those."
-                )
+            others = given_densities(density, n_others, density_distribution)
         else:
             others = spread_densities(
                 n_others,
@@ -149,15 +144,15 @@ class SyntheticActivations:
             )
         paired = torch.full((2 * n_pairs,), pair_density, dtype=torch.float64)
         densities = torch.cat([others, paired])
-        if not ((densities > 0) & (densities <= 1)).all():
-            worst = densities[~((densities > 0) & (densities <= 1))][0]
+        is_share = (densities > 0) & (densities <= 1)
+        if not is_share.all():
             raise ValueError(
-                f"A density of {float(worst):.3g} is no share of rows that a feature can be on "
-                "in: density and pair_density must be above 0 and at most 1."
+                f"{float(densities[~is_share][0]):.3g} is no density that a feature can have: "
+                "density and pair_density must be above 0 and at most 1."
             )
-        structure = np.random.default_rng([seed, _STRUCTURE])
+        structure = np.random.default_rng([seed, STRUCTURE])
+        drawn = torch.from_numpy(structure.standard_normal((n_features, d_in)))
         if directions is None:
-            drawn = torch.from_numpy(structure.standard_normal((n_features, d_in)))
             directions = (drawn / drawn.norm(dim=1, keepdim=True)).float()
         else:
             directions = directions.detach().float().cpu()
@@ -185,7 +180,7 @@ class SyntheticActivations:
     def __repr__(self) -> str:
         return (
             f"SyntheticActivations of {self.n_features} features in {self.d_in} dimensions, "
-            f"mean density {float(self.densities.mean()):.3g}"
+            f"{self.l0:.3g} of them on in a row"
         )
 
     @property
@@ -197,9 +192,16 @@ class SyntheticActivations:
     def fingerprint(self) -> str:
         """A hash that differs where any row would."""
         law = (self.magnitude, self.noise, self.correlation, self.seed, self.device.type)
-        return fingerprint(
-            law, BLOCK_ROWS, self.directions, self.densities, self.parents, self.blocks
-        )
+        return fingerprint(law, self.directions, self.densities, self.parents, self.blocks)
+
+    @property
+    def forward_bytes(self) -> int:
+        """About the memory that making a block takes for a moment, besides the block itself."""
+        # For each feature that is on, eight numbers of 64 bits, gaps and places; for each that
+        # correlates, what decides whether it is on, in a part of the rows at a time.
+        n_correlated = int((self.blocks >= 0).sum())
+        noise = 4 * BLOCK_ROWS * self.d_in if self.noise else 0
+        return int(64 * BLOCK_ROWS * self.l0) + 16 * ROWS_AT_ONCE * n_correlated + noise
 
     def sample(
         self, n_rows: int, *, seed: int = 0, part: str = "own", first_row: int = 0
@@ -214,34 +216,33 @@ class SyntheticActivations:
             first_row: The number of the first.
 
         Raises:
-            ValueError: A number is out of range.
+            ValueError: A number is out of range, or there is no such part.
         """
-        if part not in _PARTS:
-            raise ValueError(f"part={part!r} is unknown; use one of {list(_PARTS)}.")
+        if part not in PARTS:
+            raise ValueError(f"part={part!r} is unknown; use one of {list(PARTS)}.")
         if n_rows < 1 or seed < 0 or first_row < 0:
             raise ValueError(
                 f"n_rows={n_rows} must be at least 1, seed={seed} and first_row={first_row} at "
                 "least 0."
             )
-        parts, codes = [], []
-        for block, low, high in _blocks_of(first_row, first_row + n_rows):
-            x, code = self.block(part, seed, *divmod(block, EPOCH_ROWS // BLOCK_ROWS))
-            parts.append(x[low:high])
-            codes.append(_rows_of(code, low, high))
-        return torch.cat(parts), _joined(codes)
+        rows, counts, latents, values = [], [], [], []
+        for number, low, high in blocks_of(first_row, first_row + n_rows):
+            epoch, number = divmod(number, EPOCH_ROWS // BLOCK_ROWS)
+            x, codes = self._block(part, seed, epoch, number)
+            offsets = codes.offsets[low : high + 1]
+            entries = slice(int(offsets[0]), int(offsets[-1]))
+            rows.append(x[low:high])
+            counts.append(offsets.diff())
+            latents.append(codes.latents[entries])
+            values.append(codes.values[entries])
+        pattern = SparsityPattern(
+            offsets_of(torch.cat(counts)), torch.cat(latents), self.n_features
+        )
+        return torch.cat(rows), Codes(pattern, torch.cat(values))
 
-    def block(
-        self, part: str, seed: int, epoch: int, number: int
-    ) -> tuple[Float[Tensor, "m d_in"], Codes]:
-        """A block of rows, and its codes. Held-out rows mind no seed."""
-        stream_seed = 0 if part == "held_out" else seed
-        draws = draws_of((self.seed, _PARTS[part], stream_seed, epoch, number), self.device)
-        pattern = self._firing.sample(BLOCK_ROWS, draws)
-        values = draw_magnitudes(self.magnitude, len(pattern.latents), draws)
-        x = product(pattern, values, self.directions)
-        if self.noise:
-            x.add_(draws.normal(BLOCK_ROWS, self.d_in), alpha=self.noise)
-        return x, Codes(pattern, values)
+    def rows(self, part: str, seed: int, epoch: int, number: int) -> Float[Tensor, "m d_in"]:
+        """The rows of a block, which streams are made of; see `sample` for rows and codes."""
+        return self._block(part, seed, epoch, number)[0]
 
     def stream(
         self,
@@ -264,9 +265,9 @@ class SyntheticActivations:
         """
         if held_out_rows < 0:
             raise ValueError(f"held_out_rows={held_out_rows} must be at least 0.")
-        held_out = SyntheticSource(self, hook_name, "held_out", 0, held_out_rows)
+        held_out = SyntheticSource(self, hook_name, "held_out", seed=0, n_rows=held_out_rows)
         return ActivationStream(
-            SyntheticSource(self, hook_name, "train", seed, EPOCH_ROWS),
+            SyntheticSource(self, hook_name, "train", seed=seed, n_rows=EPOCH_ROWS),
             held_out if held_out_rows else None,
             example={hook_name: self.directions[:1]},
             batch_size=batch_size,
@@ -275,97 +276,15 @@ class SyntheticActivations:
             seed=seed,
         )
 
-
-class SyntheticSource:
-    """Rows of `SyntheticActivations`; an item is a block of them."""
-
-    def __init__(
-        self, truth: SyntheticActivations, hook_name: str, part: str, seed: int, n_rows: int
-    ) -> None:
-        self.n_rows = n_rows
-        self.n_items = -(-n_rows // BLOCK_ROWS)
-        self.chunk_rows = BLOCK_ROWS
-        self.has_tokens = False
-        self.fingerprint = fingerprint(truth.fingerprint, hook_name, part, seed, n_rows)
-        # Numbers, codes and their places: about 60 bytes for each feature that is on.
-        self.forward_bytes = int(60 * BLOCK_ROWS * truth.l0) + 4 * BLOCK_ROWS * truth.d_in
-        self.buffer_bytes = 4 * BLOCK_ROWS * truth.d_in
-        self._truth = truth
-        self._hook_name = hook_name
-        self._part: str = part
-        self._seed = seed
-        self._last: tuple[tuple[int, int, int], Tensor] | None = None
-
-    def chunks(
-        self, order: Order, progress: Progress, with_tokens: bool = False
-    ) -> Iterator[Chunk]:
-        for item in order.tolist():
-            x, _ = self._truth.block(self._part, self._seed, 0, item)
-            x = x[: self.n_rows - item * BLOCK_ROWS]
-            progress.left_out.positions_read += len(x)
-            progress.n_items += 1
-            yield {self._hook_name: x}
-
-    def shuffled_rows(
-        self,
-        seed: int,
-        epoch: int,
-        start: int,
-        stop: int,
-        left_out: LeftOut,
-        with_tokens: bool = False,
-    ) -> Chunk:
-        left_out.positions_read += stop - start
-        x = self._truth.directions.new_empty(stop - start, self._truth.d_in)
-        at = 0
-        for block, low, high in _blocks_of(start, stop):
-            x[at : at + high - low] = self._block(seed, epoch, block)[low:high]
-            at += high - low
-        return {self._hook_name: x}
-
-    def _block(self, seed: int, epoch: int, number: int) -> Float[Tensor, "m d_in"]:
-        key, last = (seed, epoch, number), self._last
-        if last is not None and last[0] == key:
-            return last[1]
-        x, _ = self._truth.block(self._part, seed, epoch, number)
-        self._last = key, x
-        return x
-
-
-def check_directions(directions: Float[Tensor, "..."], n_features: int, d_in: int) -> None:
-    """Refuse what are no unit vectors, one for each feature."""
-    if directions.shape != (n_features, d_in):
-        raise ValueError(
-            f"directions has shape {list(directions.shape)}, not [n_features, d_in] = "
-            f"{[n_features, d_in]}."
-        )
-    error = float((directions.norm(dim=1) - 1).abs().max())
-    if not error < 1e-4:
-        raise ValueError(
-            f"directions must be unit vectors, and the norm of one is {error:.3g} from 1. Divide "
-            "each by its norm; how strongly features fire is for `magnitude` to say."
-        )
-
-
-def _blocks_of(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """The blocks that rows lie in, and of each the first and the end of its rows."""
-    for block in range(start // BLOCK_ROWS, -(-stop // BLOCK_ROWS)):
-        first = block * BLOCK_ROWS
-        yield block, max(start - first, 0), min(stop - first, BLOCK_ROWS)
-
-
-def _rows_of(codes: Codes, low: int, high: int) -> Codes:
-    """The codes of some rows."""
-    offsets = codes.offsets[low : high + 1]
-    entries = slice(int(offsets[0]), int(offsets[-1]))
-    pattern = SparsityPattern(offsets - offsets[0], codes.latents[entries], codes.d_sae)
-    return Codes(pattern, codes.values[entries])
-
-
-def _joined(codes: list[Codes]) -> Codes:
-    """The codes of several ranges of rows, one after the other."""
-    counts = torch.cat([one.offsets.diff() for one in codes])
-    latents = torch.cat([one.latents for one in codes])
-    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    pattern = SparsityPattern(offsets, latents, codes[0].d_sae)
-    return Codes(pattern, torch.cat([one.values for one in codes]))
+    def _block(
+        self, part: str, seed: int, epoch: int, number: int
+    ) -> tuple[Float[Tensor, "m d_in"], Codes]:
+        # Held-out rows are the same for every seed.
+        stream_seed = 0 if part == "held_out" else seed
+        draws = draws_of((self.seed, PARTS[part], stream_seed, epoch, number), self.device)
+        pattern = self._firing.sample(BLOCK_ROWS, draws)
+        values = draw_magnitudes(self.magnitude, len(pattern.latents), draws)
+        x = product(pattern, values, self.directions)
+        if self.noise:
+            x.add_(draws.normal(BLOCK_ROWS, self.d_in), alpha=self.noise)
+        return x, Codes(pattern, values)

@@ -12,14 +12,26 @@ from saefeat.metrics.sparsity import (
     features_per_neuron,
     l0,
 )
+from saefeat.metrics.truth import (
+    FeatureMatch,
+    dead_fraction,
+    l0_ratio,
+    match_features,
+    on_share_by_decile,
+)
 
 __all__ = [
+    "FeatureMatch",
     "ablation_costs",
     "ce_loss_recovered",
+    "dead_fraction",
     "effective_features",
     "feature_density",
     "features_per_neuron",
     "fraction_variance_unexplained",
     "l0",
+    "l0_ratio",
+    "match_features",
     "normalized_mse",
+    "on_share_by_decile",
 ]

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from tqdm import tqdm
 
 from saefeat.activations.stream import ActivationStream
@@ -10,7 +12,7 @@ from saefeat.dictionaries.base import Dictionary
 from saefeat.metrics.contribution import AblationCosts
 from saefeat.metrics.sparsity import SparsityCounts
 from saefeat.superposition.estimators import SeedCounts, costly_latents
-from saefeat.superposition.matching import near_duplicates
+from saefeat.superposition.matching import merge_duplicates, near_duplicates
 from saefeat.training.bank import Bank, Key
 
 
@@ -29,6 +31,9 @@ class SAECounts:
     """Of the latents that fired at least once on them."""
     costly: SeedCounts
     """Of the alive latents whose ablation costs at least `cost_share` of the median cost."""
+    distinct: SeedCounts
+    """Of those that are costly once near-duplicates within a seed are merged, at the sum of their
+    costs: the count to trust, since copies come back from another seed as features do."""
     cost_share: float
     effective: tuple[float, ...]
     """The effective number e^H of each seed; see `metrics.effective_features`."""
@@ -141,9 +146,14 @@ def _counts(
     cost_share: float,
 ) -> SAECounts:
     (hook_name, expansion_factor, _), first = next(iter(family.items()))
-    decoders = [one.W_dec.detach() for one in family.values()]
+    decoders = [one.W_dec.detach().cpu() for one in family.values()]
     alive = [sparsity[key].firing > 0 for key in family]
-    costly = [costly_latents(costs[key].share_of_variance, cost_share) for key in family]
+    shares = [costs[key].share_of_variance.cpu() for key in family]
+    costly = [costly_latents(share, cost_share) for share in shares]
+    distinct = [
+        costly_latents(_merged(decoder, share, fired), cost_share)
+        for decoder, share, fired in zip(decoders, shares, alive, strict=True)
+    ]
     return SAECounts(
         hook_name=hook_name,
         expansion_factor=expansion_factor,
@@ -153,6 +163,7 @@ def _counts(
         n_tokens=n_tokens,
         alive=SeedCounts.of(decoders, alive, cosine=cosine),
         costly=SeedCounts.of(decoders, costly, cosine=cosine),
+        distinct=SeedCounts.of(decoders, distinct, cosine=cosine),
         cost_share=cost_share,
         effective=tuple(sparsity[key].effective_features for key in family),
         l0=tuple(sparsity[key].l0 for key in family),
@@ -164,5 +175,11 @@ def _counts(
     )
 
 
-def _share(counted: torch.Tensor) -> float:
+def _merged(decoder: Tensor, costs: Tensor, alive: Tensor) -> Float[Tensor, " d_sae"]:
+    """The costs of the latents that stand for others, those of the others added; 0 elsewhere."""
+    kept = merge_duplicates(decoder * alive[:, None], weights=costs)
+    return torch.zeros_like(costs).index_add_(0, kept[kept >= 0], costs[kept >= 0])
+
+
+def _share(counted: Tensor) -> float:
     return float(counted.double().mean()) if len(counted) else 0.0

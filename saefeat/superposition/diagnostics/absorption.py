@@ -6,6 +6,7 @@ to fire on snakes (Chanin et al. 2024, arXiv:2409.14507).
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -27,7 +28,7 @@ class Absorption:
     n_on: int
     """Rows in which the feature was on."""
     n_missed: int
-    """Those of them in which its latent was off."""
+    """Those of them in which its latent was off, and so was every copy of it."""
     n_absorbed: int
     """Those of the missed in which another latent stood in for it."""
     absorbers: dict[int, int]
@@ -48,6 +49,7 @@ def absorption_of_feature(
     *,
     cosine: float = 0.25,
     share: float = 0.5,
+    same: float = 0.9,
 ) -> Absorption:
     """How often other latents carry a general feature's direction while its own latent is off.
 
@@ -55,7 +57,8 @@ def absorption_of_feature(
     contributes most along the feature's direction u, f_j (d_j . u), has a decoder row at a cosine
     of at least `cosine` with u, and contributes at least `share` of what the feature's own latent
     does in the median of the rows in which it fires on the feature. Rows that are missed
-    for want of room (k too small) have no such contributor, and are not counted.
+    for want of room (k too small) have no such contributor, and are not counted. Latents at a
+    cosine of `same` with u are copies of the feature's own latent: splitting is not absorption.
 
     0 where the latent never fires on the feature, or points away from it, since then it is not
     that feature's latent and there is nothing to absorb. A cosine of chance is about 1 / sqrt(d);
@@ -70,6 +73,7 @@ def absorption_of_feature(
             latent of a narrower dictionary, which absorbs less.
         cosine: See above.
         share: See above.
+        same: See above.
 
     Raises:
         ValueError: The shapes do not belong together, the direction is 0, or an option is out
@@ -82,9 +86,10 @@ def absorption_of_feature(
             f"for each of {codes.n_rows} rows, got latent {latent} and {len(is_on)} rows."
         )
     rows = is_on.cpu().nonzero()[:, 0].numpy()
-    along = decoder.detach().cpu().double() @ unit_rows(direction[None])[0]
-    near = unit_rows(decoder) @ unit_rows(direction[None])[0] >= cosine
-    return _absorbed(_values(codes)[rows], latent, along.numpy(), near.numpy(), share)
+    length = decoder.detach().cpu().double().norm(dim=1).numpy()
+    cosines = (unit_rows(decoder) @ unit_rows(direction[None])[0]).numpy()
+    reach = _Reach(length * cosines, cosines >= cosine, cosines >= same)
+    return _absorbed(_values(codes)[rows], latent, reach, share)
 
 
 def absorption_by_narrower(
@@ -93,9 +98,10 @@ def absorption_by_narrower(
     narrow_codes: Codes,
     narrow_decoder: Float[Tensor, "w_narrow d"],
     *,
-    same: float = 0.8,
+    matched: float = 0.8,
     cosine: float = 0.25,
     share: float = 0.5,
+    same: float = 0.9,
 ) -> list[Absorption]:
     """`absorption_of_feature` for every latent that a narrower dictionary has too, without labels.
 
@@ -108,9 +114,10 @@ def absorption_by_narrower(
         decoder: Its decoder rows.
         narrow_codes: Codes of the narrower dictionary for the same rows.
         narrow_decoder: Its decoder rows.
-        same: Least cosine between latents of the two that are one feature; see `assign`.
+        matched: Least cosine between latents of the two that are one feature; see `assign`.
         cosine: See `absorption_of_feature`.
         share: See `absorption_of_feature`.
+        same: See `absorption_of_feature`.
 
     Returns:
         One for each matched latent, in the order of the narrower dictionary.
@@ -124,22 +131,32 @@ def absorption_by_narrower(
             f"Codes of {codes.n_rows} and {narrow_codes.n_rows} rows, and {narrow_codes.d_sae} "
             f"latents with {len(narrow_decoder)} decoder rows: encode the same rows with both."
         )
-    narrow_latents, latents, _ = assign(narrow_decoder, decoder, at_least=same)
+    narrow_latents, latents, _ = assign(narrow_decoder, decoder, at_least=matched)
     values, narrow_on = _values(codes), firing_pattern(narrow_codes).tocsc()
-    directions, length = unit_rows(narrow_decoder), decoder.detach().cpu().double().norm(dim=1)
-    cosines = directions[narrow_latents] @ unit_rows(decoder).T
+    length = decoder.detach().cpu().double().norm(dim=1).numpy()
+    table = (unit_rows(narrow_decoder)[narrow_latents] @ unit_rows(decoder).T).numpy()
     return [
         _absorbed(
             values[narrow_on.indices[narrow_on.indptr[narrow] : narrow_on.indptr[narrow + 1]]],
             latent,
-            (near * length).numpy(),
-            (near >= cosine).numpy(),
+            _Reach(length * cosines, cosines >= cosine, cosines >= same),
             share,
         )
-        for narrow, latent, near in zip(
-            narrow_latents.tolist(), latents.tolist(), cosines, strict=True
+        for narrow, latent, cosines in zip(
+            narrow_latents.tolist(), latents.tolist(), table, strict=True
         )
     ]
+
+
+class _Reach(NamedTuple):
+    """How each latent of a dictionary stands to the direction of a feature."""
+
+    along: Float[np.ndarray, " w"]
+    """What one unit of its activation adds along the direction."""
+    contains: Bool[np.ndarray, " w"]
+    """Whether its row contains enough of it to absorb the feature."""
+    is_copy: Bool[np.ndarray, " w"]
+    """Whether its row is that direction."""
 
 
 def _check(codes: Codes, decoder: Float[Tensor, "w d"], cosine: float, share: float) -> None:
@@ -159,24 +176,21 @@ def _values(codes: Codes) -> csr_array:
     return values
 
 
-def _absorbed(
-    on: csr_array,
-    latent: int,
-    along: Float[np.ndarray, " w"],
-    near: Bool[np.ndarray, " w"],
-    share: float,
-) -> Absorption:
-    """Of the rows in which the feature is on, given each latent's reach along its direction."""
-    own = on[:, [latent]].toarray()[:, 0]
-    missed = own == 0
-    usual = np.median(own[~missed]) * along[latent] if (~missed).any() else 0.0
+def _absorbed(on: csr_array, latent: int, reach: _Reach, share: float) -> Absorption:
+    """Of the codes of the rows in which the feature is on."""
+    is_own = reach.is_copy.copy()
+    is_own[latent] = True
+    own = on @ np.where(is_own, reach.along, 0.0)
+    missed = on @ is_own.astype(np.float64) == 0
+    usual = np.median(own[~missed]) if (~missed).any() else 0.0
     rest = on[missed]
     entry_row = np.repeat(np.arange(rest.shape[0]), np.diff(rest.indptr))
-    reach = rest.data * along[rest.indices]
+    contribution = rest.data * reach.along[rest.indices]
     # Last of each row in this order is its largest.
-    order = np.lexsort((reach, entry_row))
+    order = np.lexsort((contribution, entry_row))
     largest = order[np.diff(entry_row[order], append=rest.shape[0]) > 0]
-    counted = near[rest.indices[largest]] & (usual > 0) & (reach[largest] >= share * usual)
+    counted = reach.contains[rest.indices[largest]]
+    counted &= (usual > 0) & (contribution[largest] >= share * usual)
     absorbers, counts = np.unique(rest.indices[largest[counted]], return_counts=True)
     by_count = np.lexsort((absorbers, -counts))
     return Absorption(

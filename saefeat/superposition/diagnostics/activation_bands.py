@@ -22,7 +22,8 @@ class LowActivations:
     agreement: Float[Tensor, " w"]
     """Cosine between what the input held for the latent in its low activations and in its high
     ones, corrected for noise. 1 where both are one direction; low where others set it off. It
-    may pass 1 by noise; nan where there are too few rows, or no mean stands out of the noise."""
+    passes 1 by chance, by a few hundredths where a band is a few dozen noisy rows; nan where
+    there are too few rows, or a mean does not stand out of the noise."""
     needed_low: Float[Tensor, " w"]
     """Share of its low activations that the input asked for: 1 where it fires for good reason,
     0 where it had better been silent; nan where there are too few rows."""

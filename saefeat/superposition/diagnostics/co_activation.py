@@ -53,7 +53,7 @@ class CoActivation:
 
     def given(self, latents: Int[Tensor, " n"], others: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """P(other on | latent on) for pairs of latents; nan where the latent never fires."""
-        together = torch.from_numpy(self.counts[latents.numpy(), others.numpy()]).double()
+        together = torch.from_numpy(self.counts[latents.tolist(), others.tolist()]).double()
         return together / self.firing[latents]
 
 

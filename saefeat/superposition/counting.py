@@ -1,0 +1,241 @@
+"""`count_features`: how many features a layer holds, from what several random starts agree on."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saefeat.activations.stream import ActivationStream
+from saefeat.superposition.agreement import Agreement, agreement
+from saefeat.superposition.code_densities import code_densities
+from saefeat.superposition.feature_count import FeatureCount, Step
+from saefeat.superposition.pursuit import fit_pursuit
+
+PICKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""Numbers of picks that are tried in turn, until agreement falls."""
+FIRST_EXPANSION = 4
+"""Atoms per neuron of the first width; each further one has twice as many."""
+ROOM = 0.6
+"""A width is wide enough if the features fill at most this share of it."""
+HELD_OUT_ROWS = 30_000
+PROBE_ROWS = 250_000
+"""Rows of a fit that only compares settings: an eighth of all, and no fewer than these."""
+COVERED = 0.9
+"""Least coverage, and least share of the energy that is found again, of a count."""
+HOPELESS = 0.1
+"""Agreement below which no longer fit is tried."""
+
+
+def count_features(
+    stream: ActivationStream,
+    *,
+    n_tokens: int = 2_000_000,
+    hook_name: str | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    picks: Sequence[int] = PICKS,
+    max_expansion: int = 32,
+    device: str | torch.device = "auto",
+    progress: bool = True,
+) -> FeatureCount:
+    """Count the features of a layer; nothing about them need be known.
+
+    Dictionaries are fitted from several random starts by matching pursuit, and a feature is what
+    comes back: atoms of two starts at least with a cosine of 0.9, copies merged, sums of two
+    features left out. What is chosen is chosen by agreement alone, the share of the codes' energy
+    in atoms that come back: first how many atoms a row may pick (where a row may pick so many
+    that any dictionary explains it, nothing repeats), then the width, doubled until the features
+    fill no more than 0.6 of it. The last fit is as long as asked for, and one of half the length
+    says whether the count still rises.
+
+    Few picks are what lets features be found beyond the load at which codes can be: an atom that is
+    drawn to a feature averages over all rows that hold it, whatever else is on in them.
+
+    Args:
+        stream: Where rows come from. They are read some ten times: cache those of a language
+            model first (`cache_activations`).
+        n_tokens: Rows that the last dictionaries are fitted on. The rarest feature should be on
+            in a thousand of them.
+        hook_name: Which hook of the stream; needed if there are several.
+        seeds: Of the random starts, at least 2.
+        picks: Numbers of picks to choose from, in ascending order.
+        max_expansion: Atoms per neuron at most.
+        device: Where to compute.
+        progress: Whether to draw progress bars on standard error.
+
+    Returns:
+        The count with its interval, or the word that it is beyond the detection limit.
+
+    Raises:
+        KeyError: The stream has no such hook.
+        ValueError: An option is out of range, nothing was held out, or as for `train`.
+    """
+    hook_name = _checked(stream, n_tokens, hook_name, seeds, picks, max_expansion)
+    held_out = _held_out(stream, hook_name)
+    d_in = stream.widths[hook_name]
+    n_probe = min(n_tokens, max(n_tokens // 8, PROBE_ROWS))
+
+    def compare(d_sae: int, n_picks: int, n_starts: int, n_rows: int) -> Agreement:
+        fits = fit_pursuit(
+            stream,
+            hook_name,
+            held_out,
+            d_sae=d_sae,
+            picks=n_picks,
+            seeds=seeds[:n_starts],
+            n_rows=n_rows,
+            device=device,
+            progress=progress,
+        )
+        return agreement(fits, picks=n_picks, n_rows=n_rows)
+
+    probes: list[Agreement] = []
+    widths: list[Agreement] = []
+    while not widths or _should_grow(widths, max_expansion * d_in):
+        d_sae = 2 * widths[-1].d_sae if widths else FIRST_EXPANSION * d_in
+        tried: list[Agreement] = []
+        for n_picks in picks:
+            tried.append(compare(d_sae, n_picks, 2, n_probe))
+            best = max(tried, key=lambda one: one.shared_energy)
+            if all(one.shared_energy < 0.8 * best.shared_energy for one in tried[-2:]):
+                break
+        probes += tried
+        widths.append(best)
+    best = max(widths, key=lambda one: one.shared_energy)
+    steps = [_step("width", one) for one in probes]
+    longer: list[Agreement] = []
+    if best.shared_energy >= HOPELESS:
+        for stage, n_rows in (("half", n_tokens // 2), ("whole", n_tokens)):
+            longer.append(compare(best.d_sae, best.picks, len(seeds), n_rows))
+            steps.append(_step(stage, longer[-1]))
+    return _conclusion(hook_name, held_out, best, longer, tuple(steps), tuple(seeds))
+
+
+def _checked(
+    stream: ActivationStream,
+    n_tokens: int,
+    hook_name: str | None,
+    seeds: Sequence[int],
+    picks: Sequence[int],
+    max_expansion: int,
+) -> str:
+    if hook_name is None:
+        if len(stream.hooks) > 1:
+            raise ValueError(
+                f"The stream has {len(stream.hooks)} hooks, and a count is of one: name it by "
+                f"hook_name. It has {', '.join(stream.hooks)}."
+            )
+        hook_name = stream.hooks[0]
+    if hook_name not in stream.hooks:
+        raise KeyError(f"The stream has no hook {hook_name!r}; it has {', '.join(stream.hooks)}.")
+    if n_tokens < 1000 or max_expansion < FIRST_EXPANSION:
+        raise ValueError(
+            f"n_tokens must be at least 1,000 and max_expansion at least {FIRST_EXPANSION}, got "
+            f"{n_tokens} and {max_expansion}."
+        )
+    if len(set(seeds)) != len(seeds) or len(seeds) < 2:
+        raise ValueError(
+            f"Features are told by what repeats: seeds must name 2 random starts at least, better "
+            f"3, each once, got {list(seeds)}."
+        )
+    if not picks or list(picks) != sorted(set(picks)) or picks[0] < 1:
+        raise ValueError(f"picks must be ascending numbers from 1 on, got {list(picks)}.")
+    return hook_name
+
+
+def _held_out(stream: ActivationStream, hook_name: str) -> Float[Tensor, "n d_in"]:
+    rows = [batch[hook_name].cpu().float() for batch in stream.held_out_batches(HELD_OUT_ROWS)]
+    return torch.cat(rows)
+
+
+def _should_grow(widths: list[Agreement], most: int) -> bool:
+    last = widths[-1]
+    if 2 * last.d_sae > most:
+        return False
+    if last.shared_energy >= 0.5 and last.n_features <= ROOM * last.d_sae:
+        return False
+    # Two doublings that brought no agreement: a wider dictionary will not either.
+    return len(widths) < 3 or last.shared_energy > widths[-3].shared_energy + 0.05
+
+
+def _step(stage: str, one: Agreement) -> Step:
+    return Step(
+        stage=stage,
+        d_sae=one.d_sae,
+        picks=one.picks,
+        n_tokens=one.n_rows,
+        n_features=one.n_features,
+        n_strict=one.n_strict,
+        n_sums=one.n_sums,
+        shared_energy=one.shared_energy,
+        coverage=one.coverage,
+        fvu=one.fvu,
+    )
+
+
+def _conclusion(
+    hook_name: str,
+    held_out: Float[Tensor, "n d_in"],
+    best: Agreement,
+    longer: list[Agreement],
+    steps: tuple[Step, ...],
+    seeds: tuple[int, ...],
+) -> FeatureCount:
+    last = longer[-1] if longer else best
+    reasons: list[str] = []
+    if last.shared_energy < COVERED:
+        reasons.append(
+            f"Only {last.shared_energy:.0%} of the energy of the codes came back after another "
+            f"random start ({COVERED:.0%} is needed)."
+        )
+    if last.coverage < COVERED:
+        reasons.append(
+            f"Coverage {last.coverage:.2f} is below {COVERED}: a random start finds much that the "
+            "others do not."
+        )
+    if last.n_features > 0.9 * last.d_sae:
+        reasons.append(
+            f"{last.n_features} features fill {last.d_sae} atoms: raise max_expansion to see more."
+        )
+    identifiable = not reasons
+    densities = code_densities(last.directions, last.offset, held_out, last.picks)
+    n_neurons = held_out.shape[1]
+    load = float(torch.special.entr(densities).sum()) / n_neurons
+    found = float(last.n_features)
+    estimate, low, high = found, found, math.inf
+    if identifiable:
+        estimate, low, high = _interval(longer, reasons)
+    return FeatureCount(
+        hook_name=hook_name,
+        n_neurons=n_neurons,
+        estimate=estimate,
+        low=low,
+        high=high,
+        coverage=last.coverage,
+        identifiable=identifiable,
+        reasons=tuple(reasons),
+        load=load,
+        n_tokens=last.n_rows,
+        seeds=seeds,
+        steps=steps,
+        directions=last.directions,
+        densities=densities,
+    )
+
+
+def _interval(longer: list[Agreement], reasons: list[str]) -> tuple[float, float, float]:
+    half, last = longer
+    found = float(last.n_features)
+    low, high = min(found, last.n_strict), max(found, last.chao2)
+    estimate = found
+    rise = last.n_features - half.n_features
+    if rise > 0.02 * found:
+        # If each doubling of the rows brings half of what the last one brought, as much again.
+        estimate += rise / 2
+        high = max(high, found + 2 * rise)
+        reasons.append(
+            f"The count still rises ({half.n_features} at half of the rows, {last.n_features} at "
+            "all): it is extrapolated, and the interval is wider. Raise n_tokens."
+        )
+    return estimate, low - 0.02 * found, high + 0.02 * found

@@ -1,0 +1,111 @@
+"""The answer of `count_features`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One comparison of random starts on the way to the count."""
+
+    stage: str
+    """"width" while width and picks are chosen, "half" and "whole" at the end."""
+    d_sae: int
+    picks: int
+    """Atoms that a row may pick."""
+    n_tokens: int
+    """Rows that each dictionary was fitted on."""
+    n_features: int
+    """Features that two random starts at least have found."""
+    n_strict: int
+    """Those that all have found, at a cosine of 0.95."""
+    n_sums: int
+    """Directions that were left out as the sum of two features."""
+    shared_energy: float
+    """Share of the energy of the codes that is in what two starts at least have found."""
+    coverage: float
+    fvu: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureCount:
+    """How many features a layer holds, and how far that can be known. `print` it.
+
+    Where `identifiable` is False, no number of features can be told: `estimate` is `low`, which is
+    what was found at least, and `high` is infinite.
+    """
+
+    hook_name: str
+    n_neurons: int
+    """Coordinates of the activations."""
+    estimate: float
+    low: float
+    high: float
+    """Interval that holds the number of features in 95 % of layers like those of the benchmark."""
+    coverage: float
+    """Share of what one random start finds that the others have found too (Good-Turing)."""
+    identifiable: bool
+    """Whether the features can be told apart at this load, with so many rows."""
+    reasons: tuple[str, ...]
+    """Why not, or what widened the interval."""
+    load: float
+    """Sum over the features of p ln(1/p), per neuron; recovery by l1 needs about 2 load < 1."""
+    n_tokens: int
+    """Rows that the last dictionaries were fitted on."""
+    seeds: tuple[int, ...]
+    steps: tuple[Step, ...]
+    """All comparisons of random starts, in their order."""
+    directions: Float[Tensor, "n_features d_in"] = field(repr=False)
+    """The features that were found."""
+    densities: Float[Tensor, " n_features"] = field(repr=False)
+    """Share of the rows in which each is on, with a third of its usual strength at least."""
+
+    @property
+    def per_neuron(self) -> float:
+        """Features per neuron: the degree of superposition."""
+        return self.estimate / self.n_neurons
+
+    @property
+    def width_curve(self) -> tuple[Step, ...]:
+        """The best number of picks at each width that was tried."""
+        best: dict[int, Step] = {}
+        for step in self.steps:
+            kept = best.get(step.d_sae)
+            if step.stage == "width" and (kept is None or step.shared_energy > kept.shared_energy):
+                best[step.d_sae] = step
+        return tuple(best.values())
+
+    def summary(self) -> dict[str, Any]:
+        """All but the tensors, for JSON."""
+        names = ("hook_name", "n_neurons", "estimate", "low", "high", "per_neuron", "coverage")
+        more = ("identifiable", "reasons", "load", "n_tokens", "seeds")
+        facts = {name: getattr(self, name) for name in (*names, *more)}
+        facts["high"] = self.high if self.identifiable else None
+        facts["steps"] = [
+            {name: getattr(step, name) for name in Step.__dataclass_fields__} for step in self.steps
+        ]
+        return facts
+
+    def __str__(self) -> str:
+        if self.identifiable:
+            number = (
+                f"{self.estimate:,.0f} features (95 %: {self.low:,.0f} to {self.high:,.0f}), "
+                f"{self.per_neuron:.2f} per neuron"
+            )
+        else:
+            number = (
+                f"beyond the detection limit, at least {self.low:,.0f} features "
+                f"({self.low / self.n_neurons:.2f} per neuron)"
+            )
+        lines = [f"{self.hook_name}: {number}"]
+        last = self.steps[-1]
+        lines.append(
+            f"  {last.d_sae:,} atoms, {last.picks} picks a row, {self.n_tokens:,} rows, "
+            f"{len(self.seeds)} random starts: coverage {self.coverage:.3f}, "
+            f"{last.shared_energy:.1%} of the energy found again, 2 x load {2 * self.load:.2f}"
+        )
+        lines += [f"  {reason}" for reason in self.reasons]
+        return "\n".join(lines)

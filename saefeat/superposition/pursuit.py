@@ -1,0 +1,130 @@
+"""Dictionaries that matching pursuit fits from several random starts, to see what they share."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from saefeat.activations.sources import Batch
+from saefeat.activations.stream import ActivationStream
+from saefeat.core.devices import fastest_dtype, resolve_device
+from saefeat.dictionaries.base import Origin
+from saefeat.dictionaries.matching_pursuit import MatchingPursuit, MatchingPursuitConfig
+from saefeat.kernels.dispatch import choose_kernels
+from saefeat.metrics.fidelity import FidelitySums
+from saefeat.training.bank_learner import BankLearner
+
+BATCH_ROWS = 512
+"""Rows of a step: Adam moves an atom by about its rate a step, so that many small steps find
+features in fewer rows than a few large ones."""
+TOLERANCE = 0.1
+"""A row stops picking atoms once what is left is shorter than this share of it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """One dictionary, and how it is used on held-out rows."""
+
+    atoms: Float[Tensor, "d_sae d_in"]
+    """Of length 1."""
+    offset: Float[Tensor, " d_in"]
+    energy: Float[Tensor, " d_sae"]
+    """Mean square of each atom's code."""
+    fvu: float
+    l0: float
+
+
+def fit_pursuit(
+    stream: ActivationStream,
+    hook_name: str,
+    held_out: Float[Tensor, "n d_in"],
+    *,
+    d_sae: int,
+    picks: int,
+    seeds: Sequence[int],
+    n_rows: int,
+    device: str | torch.device = "auto",
+    progress: bool = True,
+) -> list[Fit]:
+    """Fit one dictionary from each seed on the same rows, and see how it codes held-out ones.
+
+    Args:
+        stream: Where rows come from; it is read from its beginning.
+        hook_name: Which of its hooks.
+        held_out: Rows to measure on.
+        d_sae: Atoms of each dictionary.
+        picks: Atoms that a row may pick.
+        seeds: Of the random starts.
+        n_rows: Rows to learn from.
+        device: Where to compute.
+        progress: Whether to draw a progress bar on standard error.
+
+    Raises:
+        ValueError: As for `train`.
+    """
+    config = MatchingPursuitConfig(k=min(picks, d_sae), tolerance=TOLERANCE)
+    d_in = stream.widths[hook_name]
+    factor = d_sae / d_in
+    device = resolve_device(device)
+    _, kernels = choose_kernels("auto", device)
+    learner = BankLearner(
+        {
+            (hook_name, factor, seed): MatchingPursuit(
+                config, d_in, d_sae, Origin(hook_name=hook_name, expansion_factor=factor, seed=seed)
+            )
+            for seed in seeds
+        },
+        n_tokens=n_rows,
+        n_steps=math.ceil(n_rows / BATCH_ROWS),
+        device=device,
+        kernels=kernels,
+        selection_dtype=fastest_dtype(device),
+    )
+    with tqdm(
+        total=n_rows, unit="row", desc=f"{d_sae} atoms, {picks} picks", disable=not progress
+    ) as bar:
+        for batch in _small_batches(stream.batches(n_rows), hook_name):
+            learner.step(batch)
+            bar.update(len(batch[hook_name]))
+    return [
+        _measured(one, held_out)
+        for one in learner.finish().values()
+        if isinstance(one, MatchingPursuit)
+    ]
+
+
+def _small_batches(batches: Iterator[Batch], hook_name: str) -> Iterator[Batch]:
+    """The rows of one hook, `BATCH_ROWS` at a time whatever the batches of the stream are."""
+    left: Tensor | None = None
+    for batch in batches:
+        rows = batch[hook_name] if left is None else torch.cat([left, batch[hook_name]])
+        n_whole = len(rows) - len(rows) % BATCH_ROWS
+        for start in range(0, n_whole, BATCH_ROWS):
+            yield {hook_name: rows[start : start + BATCH_ROWS]}
+        left = rows[n_whole:] if n_whole < len(rows) else None
+    if left is not None:
+        yield {hook_name: left}
+
+
+@torch.no_grad()
+def _measured(dictionary: MatchingPursuit, held_out: Float[Tensor, "n d_in"]) -> Fit:
+    energy = torch.zeros(dictionary.d_sae)
+    fidelity = FidelitySums()
+    n_on = 0
+    for rows in held_out.split(8192):
+        codes = dictionary.encode(rows)
+        energy.index_add_(0, codes.latents, codes.values.square())
+        n_on += int((codes.values > 0).sum())
+        fidelity.update(rows, dictionary.decode(codes))
+    # Folding the scale of training in gives codes their scale, and leaves atoms at length 1.
+    return Fit(
+        atoms=dictionary.W_dec.detach(),
+        offset=dictionary.b_dec.detach(),
+        energy=energy / len(held_out),
+        fvu=fidelity.fvu,
+        l0=n_on / len(held_out),
+    )
