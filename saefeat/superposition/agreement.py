@@ -21,6 +21,8 @@ DUPLICATE = 0.85
 """Cosine from which two atoms of one dictionary are one feature learned twice."""
 SAME = 0.9
 """Cosine from which atoms of two dictionaries are one feature."""
+STRICT = 0.95
+"""The same, where doubt counts against a feature."""
 SUM = 0.95
 """Cosine from which an atom is the sum of two others."""
 SUM_CANDIDATES = 24
@@ -95,7 +97,8 @@ def agreement(fits: Sequence[Fit], *, picks: int, n_rows: int) -> Agreement:
     is_sum = torch.zeros_like(shared)
     is_sum[shared] = sums_of_two(features.directions[shared], of_group[shared])
     counted = shared & ~is_sum
-    strict = features_over_seeds(atoms, cosine=0.95)
+    strict = features_over_seeds(atoms, cosine=STRICT)
+    found_by_all = strict.directions[strict.found_in == len(fits)]
     return Agreement(
         d_sae=len(fits[0].atoms),
         picks=picks,
@@ -105,7 +108,7 @@ def agreement(fits: Sequence[Fit], *, picks: int, n_rows: int) -> Agreement:
         offset=torch.stack([fit.offset for fit in fits]).mean(0),
         found_in=features.found_in[counted | _contenders(features.directions, of_group, counted, shared)],
         n_seeds=len(fits),
-        n_strict=int((strict.found_in == len(fits)).sum()),
+        n_strict=_n_near(features.directions[counted], found_by_all),
         n_sums=int(is_sum.sum()),
         shared_energy=float(whole[shared].sum() / whole.sum().clamp_min(1e-30)),
         fvu=sum(fit.fvu for fit in fits) / len(fits),
@@ -132,10 +135,15 @@ def sums_of_two(
 def _is_sum(
     queries: Float[Tensor, "n_queries d_in"], parts: Float[Tensor, "n_parts d_in"]
 ) -> Bool[Tensor, " n_queries"]:
-    cosines, _, _ = nearest_sums(
-        queries, parts, same=DUPLICATE, least_weight=0.1, candidates=SUM_CANDIDATES
+    sums = nearest_sums(
+        queries,
+        parts,
+        same=DUPLICATE,
+        least_weight=0.1,
+        candidates=SUM_CANDIDATES,
+        by_second=False,
     )
-    return cosines > SUM
+    return sums.cosines > SUM
 
 
 def _distinct(fit: Fit) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, " d_sae"]]:
@@ -146,6 +154,13 @@ def _distinct(fit: Fit) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, " d_
     known = stands_for >= 0
     energy = torch.zeros_like(fit.energy).index_add_(0, stands_for[known], fit.energy[known])
     return torch.where((stands_for == numbers)[:, None], used, 0.0), energy
+
+
+def _n_near(directions: Float[Tensor, "n d_in"], others: Float[Tensor, "m d_in"]) -> int:
+    """How many of the directions are among the others."""
+    if len(others) == 0:
+        return 0
+    return int(((directions @ others.T).amax(1) >= STRICT).sum())
 
 
 def _contenders(

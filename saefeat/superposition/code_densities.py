@@ -38,7 +38,7 @@ def code_densities(
         directions: The features.
         offset: What is taken off rows before.
         rows: Activations.
-        picks: Features per row to begin with; up to four times as many are tried.
+        picks: Features per row to begin with; more are tried, up to half the width.
 
     Returns:
         Densities; nothing for no features.
@@ -50,12 +50,13 @@ def code_densities(
     centred = rows - offset
     sample = centred[:ROWS]
     gram = atoms @ atoms.T
-    most = min(len(atoms), rows.shape[1])
+    most = max(picks, min(len(atoms), rows.shape[1] // 2))
 
     def code(x: Tensor, n_picks: int, tolerance: float) -> Codes:
-        return kernels.matching_pursuit(x, atoms, min(n_picks, most), tolerance, gram)
+        return kernels.matching_pursuit(x, atoms, min(n_picks, len(atoms)), tolerance, gram)
 
-    candidates = [(factor * picks, one) for factor in (1, 2, 4) for one in TOLERANCES]
+    numbers = [picks << doublings for doublings in range((most // picks).bit_length())]
+    candidates = [(n_picks, one) for n_picks in numbers for one in TOLERANCES]
     n_picks, tolerance = min(
         candidates, key=lambda one: _description_bits(code(sample, *one), sample, atoms)
     )

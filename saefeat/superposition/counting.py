@@ -13,17 +13,22 @@ from saefeat.superposition.code_densities import code_densities
 from saefeat.superposition.feature_count import FeatureCount, Step
 from saefeat.superposition.pursuit import fit_pursuit
 
-PICKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+PICKS = (1, 2, 4, 8, 16, 32)
 """Numbers of picks that are tried in turn, until agreement falls."""
 FIRST_EXPANSION = 4
 """Atoms per neuron of the first width; each further one has twice as many."""
-ROOM = 0.6
+ROOM = 0.8
 """A width is wide enough if the features fill at most this share of it."""
+LAST_WIDTH = 1.5
+"""Atoms of the last fits per feature: few, since those to spare are copies, sums and ghosts."""
 HELD_OUT_ROWS = 30_000
-PROBE_ROWS = 250_000
+PROBE_ROWS = 150_000
 """Rows of a fit that only compares settings: an eighth of all, and no fewer than these."""
 COVERED = 0.9
-"""Least coverage, and least share of the energy that is found again, of a count."""
+"""Least coverage of a count: below, what is not found outweighs what is."""
+REPEATED = 0.75
+"""Least share of the energy of the codes that has to be found again. Copies and codes of noise
+keep it below 1."""
 HOPELESS = 0.1
 """Agreement below which no longer fit is tried."""
 
@@ -98,7 +103,8 @@ def count_features(
         for n_picks in picks:
             tried.append(compare(d_sae, n_picks, 2, n_probe))
             best = max(tried, key=lambda one: one.shared_energy)
-            if all(one.shared_energy < 0.8 * best.shared_energy for one in tried[-2:]):
+            falls = [one.shared_energy / max(best.shared_energy, 1e-9) for one in tried[-2:]]
+            if max(falls) < 0.8 or falls[-1] < 0.5:
                 break
         probes += tried
         widths.append(best)
@@ -106,9 +112,21 @@ def count_features(
     steps = [_step("width", one) for one in probes]
     longer: list[Agreement] = []
     if best.shared_energy >= HOPELESS:
-        for stage, n_rows in (("half", n_tokens // 2), ("whole", n_tokens)):
-            longer.append(compare(best.d_sae, best.picks, len(seeds), n_rows))
-            steps.append(_step(stage, longer[-1]))
+        half = best
+        while half is best or half.n_features > ROOM * half.d_sae:
+            # Half as many picks again, with which there are fewer sums to leave out, are tried too.
+            d_sae = 8 * math.ceil(LAST_WIDTH * half.n_features / 8)
+            if d_sae > max_expansion * d_in:
+                break
+            tried = [
+                compare(d_sae, n_picks, len(seeds), n_tokens // 2)
+                for n_picks in (half.picks, half.picks + math.ceil(half.picks / 2))
+            ]
+            steps += [_step("half", one) for one in tried]
+            half = max(tried, key=lambda one: one.shared_energy)
+        whole = compare(half.d_sae, half.picks, len(seeds), n_tokens)
+        steps.append(_step("whole", whole))
+        longer = [half, whole]
     return _conclusion(hook_name, held_out, best, longer, tuple(steps), tuple(seeds))
 
 
@@ -153,7 +171,7 @@ def _should_grow(widths: list[Agreement], most: int) -> bool:
     last = widths[-1]
     if 2 * last.d_sae > most:
         return False
-    if last.shared_energy >= 0.5 and last.n_features <= ROOM * last.d_sae:
+    if last.coverage >= COVERED and last.n_features <= ROOM * last.d_sae:
         return False
     # Two doublings that brought no agreement: a wider dictionary will not either.
     return len(widths) < 3 or last.shared_energy > widths[-3].shared_energy + 0.05
@@ -184,10 +202,10 @@ def _conclusion(
 ) -> FeatureCount:
     last = longer[-1] if longer else best
     reasons: list[str] = []
-    if last.shared_energy < COVERED:
+    if last.shared_energy < REPEATED:
         reasons.append(
             f"Only {last.shared_energy:.0%} of the energy of the codes came back after another "
-            f"random start ({COVERED:.0%} is needed)."
+            f"random start ({REPEATED:.0%} is needed)."
         )
     if last.coverage < COVERED:
         reasons.append(
