@@ -118,7 +118,8 @@ class ToyModels(nn.Module):
 
     def loss(self, x: Float[Tensor, "models batch n"]) -> Float[Tensor, " models"]:
         """Importance-weighted squared error of each model, mean over its inputs."""
-        return (x - self(x)).square().mean(dim=1) @ self.importance
+        loss: Tensor = (x - self(x)).square().mean(dim=1) @ self.importance
+        return loss
 
 
 def train_toy_models(

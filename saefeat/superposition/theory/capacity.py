@@ -73,7 +73,7 @@ def max_density(degree: float, constant: float = 1.0) -> float:
     return math.exp(float(lambertw(-1 / (constant * degree), k=-1).real))
 
 
-def max_degree_with_square_term(p: float, n_neurons: int, constant: float = 1.0) -> float:
+def max_degree_with_square_term(p: float, n_neurons: float, constant: float = 1.0) -> float:
     """The most features per neuron if m neurons hold as much as m^2 do in `max_degree`.
 
         m^2 = Omega(-n p ln p),    psi_max = n / m = m / (C p ln(1/p))
@@ -90,7 +90,7 @@ def max_degree_with_square_term(p: float, n_neurons: int, constant: float = 1.0)
     return n_neurons * max_degree(p, constant)
 
 
-def load(densities: Float[Tensor, " n"] | Sequence[float], n_neurons: int) -> float:
+def load(densities: Float[Tensor, "..."] | Sequence[float], n_neurons: int) -> float:
     """How full a layer is of features that are on with unequal probabilities.
 
         Lambda = (1 / m) sum_i p_i ln(1 / p_i)

@@ -18,6 +18,9 @@ class PowerLaw:
     exponent: float
     """alpha."""
 
+    def __post_init__(self) -> None:
+        check_positive("A scaling law", critical=self.critical, exponent=self.exponent)
+
     def loss(self, amount: float) -> float:
         """L(x)."""
         check_positive("A scaling law", amount=amount)
