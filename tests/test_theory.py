@@ -337,7 +337,7 @@ def test_load_needs_no_gradient_and_keeps_none() -> None:
 @pytest.mark.parametrize("bad", [-1e-9, 1.0001, math.nan, math.inf, -2.5])
 def test_densities_that_cannot_be_are_an_error_that_names_the_first(bad: float) -> None:
     for densities in ([0.1, bad, 0.2, bad], torch.tensor([0.1, bad, 0.2, bad])):
-        with pytest.raises(ValueError, match="feature 1 has .* the first of 2 outside"):
+        with pytest.raises(ValueError, match=r"feature 1 has .* the first of 2 outside"):
             load(densities, 4)
 
 
