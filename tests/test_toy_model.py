@@ -247,6 +247,25 @@ def test_eight_features_in_space_become_a_square_antiprism() -> None:
     assert float(farthest.min()) > -0.95, "the corners of a cube, also at 3/8, would be in pairs"
 
 
+def test_rare_features_in_six_dimensions_become_gossets_polytope() -> None:
+    """Of 40, exactly 27 are stored, each at 1/4 to 16 others and at -1/2 to 10: Gosset's 2_21.
+
+    A spherical code that is known to be the best one of its size, which no one built in.
+    """
+    models = train_toy_models(
+        n_features=40, n_dims=6, densities=[1 / 15], seeds=range(4), n_steps=1_500, batch_size=128
+    )
+    found = models.W[n_represented(models.W) == 27]
+    assert len(found) >= 2
+    expected = torch.tensor([-0.5] * 10 + [0.25] * 16 + [1.0]).expand(27, 27)
+    for directions in found:
+        stored = directions[directions.norm(dim=1) > 0.5]
+        torch.testing.assert_close(
+            feature_dimensionality(stored), torch.full((27,), 6 / 27), atol=0.01, rtol=0
+        )
+        torch.testing.assert_close(sorted_cosines(stored), expected, atol=0.1, rtol=0)
+
+
 @pytest.fixture(scope="module")
 def decaying() -> ToyModels:
     """20 features in 5 dimensions, each 0.7 times as important as the one before it."""

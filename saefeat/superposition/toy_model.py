@@ -188,8 +188,8 @@ def train_toy_models(
         optimizer.step()
     if not loss.isfinite():
         raise FloatingPointError(
-            f"Toy models diverged: loss {float(loss.detach())} after {n_steps} steps at learning rate "
-            f"{learning_rate}. Lower it."
+            f"Toy models diverged: loss {float(loss.detach())} after {n_steps} steps at learning "
+            f"rate {learning_rate}. Lower it."
         )
     return models.requires_grad_(False)
 
