@@ -12,6 +12,8 @@ ARGUMENTS = {"02_all_layers_in_one_pass.py": ["2000"]}
 EXPECTED = {
     "01_first_sae.py": "found at cosine > 0.9: 64 of 64 hidden directions",
     "02_all_layers_in_one_pass.py": "blocks.29.hook_resid_post",
+    # At 1 / (1 - S) = 3.2: the median dimensionality.
+    "03_toy_model_phases.py": "    3.2                     2.0",
 }
 
 
