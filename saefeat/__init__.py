@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from saefeat.activations.tokens import load_tokens as load_tokens
     from saefeat.dictionaries.base import Dictionary as Dictionary
     from saefeat.dictionaries.batch_topk import BatchTopKConfig as BatchTopKConfig
+    from saefeat.dictionaries.crosscoder import CrosscoderConfig as CrosscoderConfig
+    from saefeat.dictionaries.crosscoder import L1CrosscoderConfig as L1CrosscoderConfig
     from saefeat.dictionaries.gated import GatedConfig as GatedConfig
     from saefeat.dictionaries.jump_relu import JumpReLUConfig as JumpReLUConfig
     from saefeat.dictionaries.loading import load_dictionary as load_dictionary
@@ -44,6 +46,8 @@ _HOMES = {
     "Report": "saefeat.report.record",
     "Tokens": "saefeat.activations.tokens",
     "StandardConfig": "saefeat.dictionaries.standard",
+    "CrosscoderConfig": "saefeat.dictionaries.crosscoder",
+    "L1CrosscoderConfig": "saefeat.dictionaries.crosscoder",
     "GatedConfig": "saefeat.dictionaries.gated",
     "BatchTopKConfig": "saefeat.dictionaries.batch_topk",
     "JumpReLUConfig": "saefeat.dictionaries.jump_relu",
