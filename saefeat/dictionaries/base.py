@@ -168,7 +168,8 @@ class Dictionary(nn.Module, ABC):
     @property
     def decoder_norms(self) -> Float[Tensor, " d_sae"]:
         """What a unit of each latent adds to the reconstruction: the length of its row."""
-        return torch.linalg.vector_norm(self.W_dec, dim=1)
+        norms: Tensor = torch.linalg.vector_norm(self.W_dec, dim=1)
+        return norms
 
     @torch.no_grad()
     def initialise(
@@ -185,6 +186,10 @@ class Dictionary(nn.Module, ABC):
         """
         self.W_dec.copy_(random_unit_rows(self.d_sae, self.d_out, generator))
         self.b_dec.copy_(centre)
+
+    def balanced(self, rows: Float[Tensor, "n d_out"]) -> Float[Tensor, "n d_out"]:
+        """Rows in units in which every hook of a crosscoder weighs alike; else as they are."""
+        return rows
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "..."]) -> Codes:

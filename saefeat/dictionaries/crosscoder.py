@@ -104,6 +104,10 @@ class AcrossHooks(SparseAutoencoder):
         """The summed decoder norm, over hooks of equal weight."""
         return self.hook_norms.sum(1)
 
+    def balanced(self, rows: Float[Tensor, "n d_out"]) -> Float[Tensor, "n d_out"]:
+        """Rows in units in which every hook has mean norm sqrt(d), up to a factor."""
+        return rows * self._by_column(self.hook_scales)
+
     @property
     def sources(self) -> Int[Tensor, " d_sae"] | None:
         """Number of each latent's source among the hooks; None without `causal`."""
@@ -155,7 +159,7 @@ class AcrossHooks(SparseAutoencoder):
         """
         mean = math.exp(sum(map(math.log, scales)) / len(scales))
         relative = torch.tensor([scale / mean for scale in scales]).to(self.hook_scales)
-        columns = relative.repeat_interleave(torch.tensor(self.widths, device=relative.device))
+        columns = self._by_column(relative)
         self.encoder.mul_(columns)
         self.W_dec.div_(columns)
         self.b_dec.div_(columns)
@@ -222,6 +226,10 @@ class AcrossHooks(SparseAutoencoder):
     def file_tensors(self) -> dict[str, Tensor]:
         """Also the relative scales of the hooks."""
         return {**super().file_tensors(), "hook_scales": self.hook_scales}
+
+    def _by_column(self, numbers: Float[Tensor, " hooks"]) -> Float[Tensor, " d_in"]:
+        """A number of each hook, repeated for each of its coordinates."""
+        return numbers.repeat_interleave(torch.tensor(self.widths, device=numbers.device))
 
     def _latents_by_source(self) -> list[tuple[int, int]]:
         """First latent and the one after the last of each source."""
