@@ -24,8 +24,6 @@ from saefeat.kernels.codes import Codes, SparsityPattern
 HELD_SHARE = 0.1
 """A hook holds a latent whose decoder is there at least this share of as long as where it is
 longest."""
-INITIAL_GAIN = 0.1
-"""Initial encoder rows, as a multiple of the decoder rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,10 +57,10 @@ class AcrossHooks(SparseAutoencoder):
 
     The value of a latent and the length of its decoder row can be traded against each other
     without any change. What counts is the value times the summed decoder norm, sum_l |W_dec^l|,
-    which selection and penalty use; rows are then held at length 1 over all hooks together, the
-    share of each hook being free. Rows start in random directions, alike at every hook.
-    `INITIAL_GAIN` stands for the small decoder of the usual recipe: with the encoder its
-    transpose, rows of length r reconstruct r^2 times what unit rows do.
+    which selection and penalty use. Rows can then be held at length 1 over all hooks together, the
+    share of each hook being free, and need no small start, as they do in recipes that leave their
+    length free: with the encoder a tenth of the decoder's transpose, as from a decoder a third as
+    long, recall and FVU on known features were the same.
 
     With `causal` (weakly causal, of Lindsey et al.) the latents are divided evenly among the
     hooks, in order. One of source s reads the hooks up to s and writes to those from s on.
@@ -124,11 +122,11 @@ class AcrossHooks(SparseAutoencoder):
         sample: Float[Tensor, "n d_in"],
         target: Float[Tensor, "n d_out"],
     ) -> None:
-        """Also makes the encoder weak, and keeps both within what `causal` allows."""
+        """Also keeps encoder and decoder within what `causal` allows."""
         super().initialise(generator, centre, sample, target)
-        self.encoder.mul_(INITIAL_GAIN)
-        self._keep_causal(self.encoder, self.W_dec)
-        self.normalise_decoder()
+        if self.config.causal:
+            self._keep_causal(self.encoder, self.W_dec)
+            self.normalise_decoder()
 
     @torch.no_grad()
     def restart(
