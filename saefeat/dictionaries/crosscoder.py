@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saefeat.dictionaries.base import Dictionary, Origin, StepContext
+from saefeat.dictionaries.base import Dictionary, StepContext
 from saefeat.dictionaries.batch_topk import BatchTopK, BatchTopKConfig
 from saefeat.dictionaries.jump_relu import JumpReLU, JumpReLUConfig
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
@@ -164,19 +164,28 @@ class AcrossHooks(SparseAutoencoder):
         self.hook_scales.mul_(relative)
         self.fold_scale(mean, mean)
 
+    @property
+    @abstractmethod
+    def thresholds(self) -> Float[Tensor, " d_sae"]:
+        """The score above which each latent is on at inference."""
+
     def layer(self, hook_name: str) -> Dictionary:
         """An ordinary dictionary of one hook, of the latents that the hook holds.
 
-        The decoder is exact: its rows are what the crosscoder writes to this hook. The encoder
-        is not, where a latent gathers from several hooks: what it gathers from this one is
-        multiplied so that a feature that lies along the decoder has the value it had,
+        The decoder is exact: its rows are what the crosscoder writes to this hook. So is the
+        encoder of a latent that reads this hook alone. Of one that gathers from several hooks,
+        the evidence of a single one is less and worth less:
 
-            f = activate(g (x^l - b_dec^l) @ W_enc^l + b_enc),
-            g = sum_m W_dec^m . W_enc^m / W_dec^l . W_enc^l,
+            on where   e + b_enc > threshold,      e = (x^l - b_dec^l) @ W_enc^l
+            value      sqrt(g) e + b_enc,          g = sum_m W_dec^m . W_enc^m / W_dec^l . W_enc^l
 
-        with the noise of one hook multiplied too; a latent that reads this hook alone stays as
-        it is. Latents that the hook does not hold (a decoder below `HELD_SHARE` of their longest)
-        or that do not read it (a `causal` one's later hooks) are 0, so that the others keep their
+        A feature along the decoder would have its full value back with g, but several hooks
+        cancel interference that one lets through. On known features that persist through four
+        layers (d = 32, 72 features a layer) g turned on 10 times as many latents as the
+        crosscoder does, with FVU 1.6; this, as many, with FVU .39; the crosscoder had .07.
+
+        Latents that the hook does not hold (a decoder below `HELD_SHARE` of their longest) or that
+        do not read it (a `causal` one's later hooks) are 0, so that the others keep their
         numbers. Rows have length 1; `save` writes what SAELens opens.
 
         Raises:
@@ -189,7 +198,7 @@ class AcrossHooks(SparseAutoencoder):
         return self._layer(list(self.hook_widths).index(hook_name))
 
     @torch.no_grad()
-    def _layer(self, index: int) -> SparseAutoencoder:
+    def _layer(self, index: int) -> JumpReLU:
         encoders = self.encoder.split(self.widths, dim=1)
         decoders = self.W_dec.split(self.widths, dim=1)
         gathered = torch.stack(
@@ -198,28 +207,21 @@ class AcrossHooks(SparseAutoencoder):
         here, everywhere = gathered[:, index], gathered.sum(1)
         kept = held(self.hook_norms)[:, index] & (here > 0) & (everywhere > 0)
         lengths = torch.where(kept, decoders[index].norm(dim=1), 1.0)
-        gains = torch.where(kept, everywhere / here, 0.0)
+        gains = torch.where(kept, everywhere / here, 0.0).sqrt()
         origin = replace(
             self.origin,
             hook_name=list(self.hook_widths)[index],
             hook_widths=None,
             expansion_factor=self.d_sae / self.widths[index],
         )
-        one = self._of_one_hook(self.widths[index], origin, lengths)
+        one = JumpReLU(JumpReLUConfig(), self.widths[index], self.d_sae, origin)
         one.encoder.copy_(encoders[index] * (gains * lengths)[:, None])
         one.b_enc.copy_(torch.where(kept, self.b_enc * lengths, 0.0))
         one.W_dec.copy_(decoders[index] * torch.where(kept, 1 / lengths, 0.0)[:, None])
         one.b_dec.copy_(self.b_dec.split(self.widths)[index])
+        thresholds = (gains * (self.thresholds - self.b_enc) + self.b_enc) * lengths
+        one.log_threshold.copy_(thresholds.clamp_min(torch.finfo(torch.float32).tiny).log())
         return one.to(self.W_dec.dtype).requires_grad_(False)
-
-    @abstractmethod
-    def _of_one_hook(
-        self, d_in: int, origin: Origin, lengths: Float[Tensor, " d_sae"]
-    ) -> SparseAutoencoder:
-        """A blank dictionary whose latents, `lengths` times as strong, are on where they are here.
-
-        It is of a kind that SAELens has.
-        """
 
     def file_tensors(self) -> dict[str, Tensor]:
         """Also the relative scales of the hooks."""
@@ -276,13 +278,10 @@ class Crosscoder(BatchTopK, AcrossHooks):
         """SAELens has no crosscoders, and refuses the name; `layer` makes what it opens."""
         return self.architecture
 
-    def _of_one_hook(
-        self, d_in: int, origin: Origin, lengths: Float[Tensor, " d_sae"]
-    ) -> SparseAutoencoder:
-        one = JumpReLU(JumpReLUConfig(), d_in, self.d_sae, origin)
-        thresholds = self.threshold * lengths / self.decoder_norms
-        one.log_threshold.copy_(thresholds.clamp_min(torch.finfo(torch.float32).tiny).log())
-        return one
+    @property
+    def thresholds(self) -> Float[Tensor, " d_sae"]:
+        """`threshold` over the summed decoder norm."""
+        return self.threshold / self.decoder_norms
 
 
 class L1Crosscoder(Standard, AcrossHooks):
@@ -295,10 +294,10 @@ class L1Crosscoder(Standard, AcrossHooks):
     config_type = L1CrosscoderConfig
     config: L1CrosscoderConfig
 
-    def _of_one_hook(
-        self, d_in: int, origin: Origin, lengths: Float[Tensor, " d_sae"]
-    ) -> SparseAutoencoder:
-        return Standard(StandardConfig(), d_in, self.d_sae, origin)
+    @property
+    def thresholds(self) -> Float[Tensor, " d_sae"]:
+        """0: every latent above it is on."""
+        return torch.zeros_like(self.b_enc)
 
 
 def held(hook_norms: Float[Tensor, "d_sae hooks"]) -> Bool[Tensor, "d_sae hooks"]:
