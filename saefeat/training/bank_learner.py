@@ -64,8 +64,9 @@ class BankLearner:
         """Of all steps: not finite from the first that is not."""
         for key, dictionary in dictionaries.items():
             widths = {key[0]: dictionary.d_in, self.targets[key]: dictionary.d_out}
-            if dictionary.origin.hook_widths is not None:
-                widths = self.groups[key[0]] = dictionary.origin.hook_widths
+            if dictionary.reads_several_hooks:
+                widths = dictionary.origin.hook_widths or {key[0]: dictionary.d_in}
+                self.groups[key[0]] = widths
             for hook_name, width in widths.items():
                 self.scales.setdefault(hook_name, ActivationScale(width, device))
             self.learners.setdefault(key[0], {})[key] = Learner(
