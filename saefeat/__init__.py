@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from saefeat.activations.tokens import load_tokens as load_tokens
     from saefeat.dictionaries.base import Dictionary as Dictionary
     from saefeat.dictionaries.batch_topk import BatchTopKConfig as BatchTopKConfig
+    from saefeat.dictionaries.crosscoder import CrosscoderConfig as CrosscoderConfig
+    from saefeat.dictionaries.crosscoder import L1CrosscoderConfig as L1CrosscoderConfig
     from saefeat.dictionaries.gated import GatedConfig as GatedConfig
     from saefeat.dictionaries.jump_relu import JumpReLUConfig as JumpReLUConfig
     from saefeat.dictionaries.loading import load_dictionary as load_dictionary
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from saefeat.models.load import load_model as load_model
     from saefeat.report.measure import measure as measure
     from saefeat.report.record import Report as Report
+    from saefeat.superposition.counting import count_features as count_features
+    from saefeat.superposition.feature_count import FeatureCount as FeatureCount
     from saefeat.superposition.sae_counts import sae_counts as sae_counts
     from saefeat.training.bank import Bank as Bank
     from saefeat.training.plan import Plan as Plan
@@ -43,11 +47,14 @@ _HOMES = {
     "Bank": "saefeat.training.bank",
     "Codes": "saefeat.kernels.codes",
     "Dictionary": "saefeat.dictionaries.base",
+    "FeatureCount": "saefeat.superposition.feature_count",
     "Plan": "saefeat.training.plan",
     "Report": "saefeat.report.record",
     "SyntheticActivations": "saefeat.activations.synthetic",
     "Tokens": "saefeat.activations.tokens",
     "StandardConfig": "saefeat.dictionaries.standard",
+    "CrosscoderConfig": "saefeat.dictionaries.crosscoder",
+    "L1CrosscoderConfig": "saefeat.dictionaries.crosscoder",
     "GatedConfig": "saefeat.dictionaries.gated",
     "BatchTopKConfig": "saefeat.dictionaries.batch_topk",
     "JumpReLUConfig": "saefeat.dictionaries.jump_relu",
@@ -55,6 +62,7 @@ _HOMES = {
     "MatchingPursuitConfig": "saefeat.dictionaries.matching_pursuit",
     "TopKConfig": "saefeat.dictionaries.topk",
     "cache_activations": "saefeat.activations.store",
+    "count_features": "saefeat.superposition.counting",
     "load_dictionary": "saefeat.dictionaries.loading",
     "load_model": "saefeat.models.load",
     "load_tokens": "saefeat.activations.tokens",

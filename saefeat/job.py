@@ -14,7 +14,15 @@ if TYPE_CHECKING:  # A command line that only shows its help need not wait for t
     from saefeat.training.plan import Plan
 
 Kind = Literal[
-    "standard", "gated", "topk", "batch-topk", "jumprelu", "matryoshka", "matching-pursuit"
+    "standard",
+    "gated",
+    "topk",
+    "batch-topk",
+    "jumprelu",
+    "matryoshka",
+    "matching-pursuit",
+    "crosscoder",
+    "l1-crosscoder",
 ]
 """Kinds of dictionary by name; see `Job.config_type`."""
 
@@ -33,7 +41,7 @@ class Job:
     hooks: tuple[str, ...] = ("blocks.*.hook_resid_post",)
     """Hook points, or patterns of their names."""
     kind: Kind = "topk"
-    """Kind of dictionary."""
+    """Kind of dictionary; one for each hook, or a crosscoder of all hooks."""
     k: int | None = None
     """Latents on per token, for kinds that keep a number of them. Default: 32."""
     target_l0: float | None = None

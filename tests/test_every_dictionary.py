@@ -8,6 +8,7 @@ import torch
 from saefeat.dictionaries.auxiliary import AuxiliaryConfig
 from saefeat.dictionaries.base import Origin, StepContext
 from saefeat.dictionaries.batch_topk import BatchTopK
+from saefeat.dictionaries.crosscoder import Crosscoder
 from saefeat.dictionaries.gated import Gated
 from saefeat.dictionaries.jump_relu import JumpReLU
 from saefeat.dictionaries.loading import load_dictionary
@@ -29,15 +30,21 @@ SMALL = {
     "batch_topk": {"k": 5},
     "jumprelu": {"initial_l0": 10},
     "matching_pursuit_refit": {"k": 5},
+    "crosscoder": {"k": 5},
+    "l1_crosscoder": {"initial_l0": 10},
     "matryoshka": {"k": 5, "prefix_fractions": (0.1, 0.5, 1.0), "prefix_weights": (1, 2, 3)},
 }
 SAE_LENS_NAMES = {"batch_topk": "jumprelu", "matryoshka": "jumprelu"}
+HOOK_WIDTHS = {"blocks.1.hook_resid_post": 5, "blocks.2.hook_resid_post": 7}
 ENCODED = [kind for kind in KINDS if issubclass(kind, SparseAutoencoder)]
+OF_ONE_HOOK = [kind for kind in ENCODED if not kind.reads_several_hooks]
 
 
 def build(kind, generator, d_out=None):
     """An untrained dictionary whose every weight is random, biases included."""
     origin = Origin(hook_name="blocks.1.hook_resid_post", model_name="tiny", expansion_factor=4)
+    if kind.reads_several_hooks:
+        origin = dataclasses.replace(origin, hook_name="1+2", hook_widths=HOOK_WIDTHS)
     config = kind.config_type(**SMALL[kind.architecture])
     dictionary = kind(config, D_IN, D_SAE, origin, d_out)
     centre = 0.1 * torch.randn(dictionary.d_out, generator=generator)
@@ -96,7 +103,7 @@ def test_initial_decoder_rows_are_unit_and_an_encoder_is_tied_to_them(kind, gene
         assert torch.equal(fresh.W_enc, fresh.W_dec.T)
 
 
-@pytest.mark.parametrize("kind", ENCODED, ids=architecture)
+@pytest.mark.parametrize("kind", OF_ONE_HOOK, ids=architecture)
 def test_a_transcoder_starts_from_what_the_target_does_where_a_latent_is_high(kind, generator, x):
     fresh = kind(kind.config_type(**SMALL[kind.architecture]), D_IN, D_SAE, d_out=D_OUT)
     target = x @ torch.randn(D_IN, D_OUT, generator=generator)
@@ -131,7 +138,7 @@ def test_a_saved_dictionary_loads_with_equal_weights_and_origin(dictionary, x, t
     assert torch.equal(loaded(x), dictionary(x))
 
 
-@pytest.mark.parametrize("kind", ENCODED, ids=architecture)
+@pytest.mark.parametrize("kind", OF_ONE_HOOK, ids=architecture)
 def test_sae_lens_opens_a_saved_dictionary_with_equal_outputs(kind, generator, x, tmp_path):
     sae_lens = pytest.importorskip("sae_lens")
     dictionary = build(kind, generator)
@@ -153,6 +160,9 @@ def test_sae_lens_refuses_what_it_would_misread(generator, tmp_path):
     folder = build(MatchingPursuit, generator).save(tmp_path / "pursuit")
     with pytest.raises((KeyError, ValueError), match="matching_pursuit_refit"):
         sae_lens.SAE.load_from_disk(str(folder))
+    folder = build(Crosscoder, generator).save(tmp_path / "crosscoder")
+    with pytest.raises((KeyError, ValueError), match="crosscoder"):
+        sae_lens.SAE.load_from_disk(str(folder))
     folder = build(TopK, generator, d_out=D_OUT).save(tmp_path / "transcoder")
     with pytest.raises((KeyError, ValueError), match="topk_transcoder"):
         sae_lens.SAE.load_from_disk(str(folder))
@@ -168,7 +178,7 @@ def test_sae_lens_opens_a_saved_transcoder_with_equal_outputs(kind, generator, x
         torch.testing.assert_close(theirs(x), dictionary(x), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ENCODED, ids=architecture)
+@pytest.mark.parametrize("kind", OF_ONE_HOOK, ids=architecture)
 def test_a_saved_transcoder_loads_with_equal_outputs(kind, generator, x, tmp_path):
     dictionary = build(kind, generator, d_out=D_OUT)
     loaded = load_dictionary(dictionary.save(tmp_path / "transcoder"))
@@ -176,7 +186,7 @@ def test_a_saved_transcoder_loads_with_equal_outputs(kind, generator, x, tmp_pat
     assert torch.equal(loaded(x), dictionary(x))
 
 
-@pytest.mark.parametrize("kind", ENCODED, ids=architecture)
+@pytest.mark.parametrize("kind", OF_ONE_HOOK, ids=architecture)
 def test_folding_the_scales_of_a_transcoder_keeps_latents_and_scales_outputs(kind, generator, x):
     dictionary = build(kind, generator, d_out=D_OUT)
     scaled_codes, scaled_output = dictionary.encode(7.5 * x), dictionary(7.5 * x)
@@ -208,7 +218,7 @@ def test_gradients_equal_autograd_of_the_plain_formula(dictionary, x):
     check_gradients(dictionary.double(), x.double(), x.double())
 
 
-@pytest.mark.parametrize("kind", ENCODED, ids=architecture)
+@pytest.mark.parametrize("kind", OF_ONE_HOOK, ids=architecture)
 def test_gradients_of_a_transcoder_equal_autograd_of_the_plain_formula(kind, generator, x):
     target = torch.randn(len(x), D_OUT, generator=generator, dtype=torch.float64)
     check_gradients(build(kind, generator, d_out=D_OUT).double(), x.double(), target)
@@ -246,7 +256,7 @@ def plain_auxiliary(dictionary, x, error, dead):
     centred = plain_centred(dictionary, x[:rows]).detach()
     scores = centred @ dictionary.encoder.T + dictionary.b_enc
     scores = scores.masked_fill(~dead, -torch.inf)
-    k = min(dictionary.config.auxiliary_k or dictionary.d_in // 2, int(dead.sum()))
+    k = min(dictionary.config.auxiliary_k or int(dictionary.mean_width) // 2, int(dead.sum()))
     latents = scores.topk(k, dim=1).indices
     values = scores.gather(1, latents).relu()
     guess = torch.zeros_like(scores).scatter(1, latents, values) @ dictionary.W_dec
@@ -265,8 +275,9 @@ def plain_topk(dictionary, x, target, dead):
     return plain_loss(dictionary, x, target, dead, (scores * kept).relu())
 
 
-def kept_over_the_batch(scores):
-    return scores * (scores >= scores.flatten().topk(5 * len(scores)).values[-1])
+def kept_over_the_batch(scores, weights=1.0):
+    ranks = scores * weights
+    return scores * (ranks >= ranks.flatten().topk(5 * len(scores)).values[-1])
 
 
 def plain_batch_topk(dictionary, x, target, dead):
@@ -285,13 +296,25 @@ def plain_matryoshka(dictionary, x, target, dead):
     return mixed + plain_auxiliary(dictionary, x, error, dead)
 
 
+def plain_decoder_norms(dictionary):
+    """Summed over the hooks of a crosscoder."""
+    if not dictionary.reads_several_hooks:
+        return dictionary.W_dec.norm(dim=1)
+    return dictionary.W_dec[:, :5].norm(dim=1) + dictionary.W_dec[:, 5:].norm(dim=1)
+
+
+def plain_crosscoder(dictionary, x, target, dead):
+    values = kept_over_the_batch(plain_scores(dictionary, x), plain_decoder_norms(dictionary))
+    return plain_loss(dictionary, x, target, dead, values.relu())
+
+
 def l1_share(l1, target):
     return l1 / ((target - target.mean(0)).square().sum() * target.numel()).sqrt()
 
 
 def plain_standard(dictionary, x, target, dead):
     values = plain_scores(dictionary, x).relu()
-    l1 = 2.0 * (values * dictionary.W_dec.norm(dim=1)).sum()
+    l1 = 2.0 * (values * plain_decoder_norms(dictionary)).sum()
     return plain_loss(
         dictionary,
         x,
@@ -353,6 +376,8 @@ PLAIN_LOSS = {
     "jumprelu": plain_jumprelu,
     "matryoshka": plain_matryoshka,
     "matching_pursuit_refit": plain_matching_pursuit,
+    "crosscoder": plain_crosscoder,
+    "l1_crosscoder": plain_standard,
 }
 
 

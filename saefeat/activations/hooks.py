@@ -203,6 +203,40 @@ class HookReader:
             )
 
 
+class ModelsReader:
+    """Reads the same contexts through several models, one after the other.
+
+    A hook of the model called "a" is named `<hook>@a`.
+    """
+
+    def __init__(self, readers: Mapping[str, HookReader]) -> None:
+        """`readers` are those of each model, by a name for it."""
+        self._readers = dict(readers)
+        self.hooks: list[str] = [
+            f"{hook}@{name}" for name, reader in readers.items() for hook in reader.hooks
+        ]
+
+    def read(
+        self,
+        token_ids: Int[Tensor, "b s"],
+        attention_mask: Bool[Tensor, "b s"] | Int[Tensor, "b s"] | None = None,
+    ) -> dict[str, Float[Tensor, "b s _"]]:
+        """As `HookReader.read`, of all models."""
+        return {
+            f"{hook}@{name}": value
+            for name, reader in self._readers.items()
+            for hook, value in reader.read(token_ids, attention_mask).items()
+        }
+
+    def weight_sample(self) -> Float[Tensor, " n"]:
+        """As `HookReader.weight_sample`, of all models."""
+        return torch.cat([reader.weight_sample() for reader in self._readers.values()])
+
+    def forward_bytes(self, n_contexts: int, n_positions: int) -> int:
+        """As `HookReader.forward_bytes`, of the largest model: they take turns."""
+        return max(one.forward_bytes(n_contexts, n_positions) for one in self._readers.values())
+
+
 def read_activations(
     model: Any,
     token_ids: Int[Tensor, "*b s"],

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saefeat.activations.hooks import HookReader
+from saefeat.activations.hooks import HookReader, ModelsReader
 from saefeat.activations.tokens import Tokens
 
 Chunk = dict[str, Tensor]
@@ -147,7 +147,7 @@ class ModelSource:
 
     def __init__(
         self,
-        reader: HookReader,
+        reader: HookReader | ModelsReader,
         tokens: Tokens,
         contexts: range,
         *,

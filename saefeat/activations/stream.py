@@ -18,7 +18,7 @@ from saefeat.activations.batches import (
     RandomAccessBatches,
     TrainingBatches,
 )
-from saefeat.activations.hooks import HookReader
+from saefeat.activations.hooks import HookReader, ModelsReader
 from saefeat.activations.sources import (
     Batch,
     LeftOut,
@@ -147,12 +147,87 @@ class ActivationStream:
                 model, or a number is out of range. While iterating: NaN or infinite
                 activations, hook and context named.
         """
-        if not isinstance(tokens, Tokens):
-            raise TypeError(
-                f"tokens must come from load_tokens, which takes a {type(tokens).__name__} too if "
-                "it holds token ids: it marks the positions that count and holds some out."
-            )
         check_fit(model, tokens)
+        return cls._from_reader(
+            HookReader(model, hooks, flatten_heads=flatten_heads),
+            tokens,
+            batch_size=batch_size,
+            buffer_rows=buffer_rows,
+            contexts_per_forward=contexts_per_forward,
+            seed=seed,
+            max_norm_ratio=max_norm_ratio,
+            model_name=getattr(getattr(model, "cfg", None), "model_name", None),
+        )
+
+    @classmethod
+    def from_models(
+        cls,
+        models: Mapping[str, Any],
+        tokens: Tokens,
+        hooks: str | Sequence[str],
+        *,
+        batch_size: int = 4096,
+        buffer_rows: int | None = None,
+        contexts_per_forward: int | None = None,
+        seed: int = 0,
+        max_norm_ratio: float | None = 10.0,
+        flatten_heads: bool = False,
+    ) -> "ActivationStream":
+        """Reads the activations of several models on the same tokens, as for `from_model`.
+
+        Row i is the same token in all of them, so that a crosscoder of all hooks learns what
+        two models share. A token that is left out at one hook is left out in every model.
+
+        Args:
+            models: TransformerLens models by a name for each, with one vocabulary. The hook
+                "blocks.3.hook_out" of the model "a" is called "blocks.3.hook_out@a".
+            tokens: As for `from_model`.
+            hooks: Names or patterns, read in every model.
+            batch_size: As for `from_model`.
+            buffer_rows: As for `from_model`.
+            contexts_per_forward: As for `from_model`.
+            seed: As for `from_model`.
+            max_norm_ratio: As for `from_model`.
+            flatten_heads: As for `from_model`.
+
+        Raises:
+            TypeError: `tokens` is no `Tokens`.
+            ValueError: There are no models, a name has a slash; or see `from_model`.
+        """
+        if not models or any("/" in name for name in models):
+            raise ValueError(
+                f"It needs models by names without a slash, got the names {list(models)}."
+            )
+        for model in models.values():
+            check_fit(model, tokens)
+        readers = {
+            name: HookReader(model, hooks, flatten_heads=flatten_heads)
+            for name, model in models.items()
+        }
+        return cls._from_reader(
+            ModelsReader(readers),
+            tokens,
+            batch_size=batch_size,
+            buffer_rows=buffer_rows,
+            contexts_per_forward=contexts_per_forward,
+            seed=seed,
+            max_norm_ratio=max_norm_ratio,
+            model_name="+".join(models),
+        )
+
+    @classmethod
+    def _from_reader(
+        cls,
+        reader: HookReader | ModelsReader,
+        tokens: Tokens,
+        *,
+        batch_size: int,
+        buffer_rows: int | None,
+        contexts_per_forward: int | None,
+        seed: int,
+        max_norm_ratio: float | None,
+        model_name: str | None,
+    ) -> "ActivationStream":
         if contexts_per_forward is None:
             contexts_per_forward = max(1, TOKENS_PER_FORWARD // tokens.context_size)
         if contexts_per_forward < 1 or (max_norm_ratio is not None and max_norm_ratio <= 1):
@@ -160,7 +235,6 @@ class ActivationStream:
                 f"contexts_per_forward={contexts_per_forward} must be at least 1, and "
                 f"max_norm_ratio={max_norm_ratio} above 1 (half of all norms are above the median)."
             )
-        reader = HookReader(model, hooks, flatten_heads=flatten_heads)
         mask = tokens.attention_mask
         example = reader.read(tokens.ids[:1], None if mask is None else mask[:1])
         n_train = tokens.n_contexts - tokens.n_held_out
@@ -181,7 +255,7 @@ class ActivationStream:
             batch_size=batch_size,
             buffer_rows=buffer_rows,
             seed=seed,
-            model_name=getattr(getattr(model, "cfg", None), "model_name", None),
+            model_name=model_name,
             tokens=tokens,
         )
 

@@ -31,7 +31,12 @@ def check_numbers(batch_size: int, seed: int) -> None:
 
 
 def check_fit(model: Any, tokens: Tokens) -> None:
-    """Catches what would otherwise be an index error deep inside the model."""
+    """Catches what would otherwise be an index error deep inside the model, or no text at all."""
+    if not isinstance(tokens, Tokens):
+        raise TypeError(
+            f"tokens must come from load_tokens, which takes a {type(tokens).__name__} too if "
+            "it holds token ids: it marks the positions that count and holds some out."
+        )
     cfg = getattr(model, "cfg", None)
     vocabulary, longest = getattr(cfg, "d_vocab", None), getattr(cfg, "n_ctx", None)
     if vocabulary and vocabulary > 0 and int(tokens.ids.max()) >= vocabulary:

@@ -29,7 +29,8 @@ class AuxiliaryConfig(DictionaryConfig):
     auxiliary_weight: float = 1 / 32
     """Weight of the auxiliary loss that revives dead latents, beside a main loss of 1."""
     auxiliary_k: int | None = None
-    """Dead latents that take part in the auxiliary loss for each token. None: d_in / 2."""
+    """Dead latents that take part in the auxiliary loss for each token. None: half the
+    width of a hook."""
 
 
 def auxiliary_loss(
@@ -57,7 +58,7 @@ def auxiliary_loss(
     centred = dictionary.centred(x[:n_rows]).detach()
     encoder, decoder = (rows_of(one, dead) for one in (dictionary.encoder, dictionary.W_dec))
     scores = centred @ encoder.T + dictionary.b_enc[dead]
-    k = auxiliary_k or max(1, dictionary.d_in // 2)
+    k = auxiliary_k or max(1, int(dictionary.mean_width) // 2)
     if len(dead) > k:
         floor = scores.detach().kthvalue(len(dead) - k + 1, dim=1, keepdim=True).values
         scores = scores * (scores >= floor)

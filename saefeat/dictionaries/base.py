@@ -5,6 +5,7 @@ reconstructed (d_in again, but for transcoders), d_sae latents, nnz stored entri
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -42,13 +43,15 @@ class Origin:
     """Where a dictionary comes from: what SAELens calls metadata."""
 
     hook_name: str = ""
-    """The hook point that it reads."""
+    """The hook point that it reads; of a crosscoder, the name of its set of hooks."""
+    hook_widths: dict[str, int] | None = None
+    """The hooks that a crosscoder reads side by side, and the width of each; else None."""
     target_hook_name: str | None = None
     """The hook point that a transcoder predicts; None for a dictionary of what it reads."""
     model_name: str | None = None
     """The language model; None for activations of no known model."""
     expansion_factor: float | None = None
-    """d_sae / d_in as it was asked for."""
+    """d_sae / d_in as it was asked for; a crosscoder's d_in is the mean width of its hooks."""
     seed: int | None = None
     """Seed of its initial weights."""
     context_size: int | None = None
@@ -115,6 +118,8 @@ class Dictionary(nn.Module, ABC):
     restarts_dead_latents: ClassVar[bool] = True
     """Whether training points dead latents at what is badly reconstructed (`restart`)."""
 
+    reads_several_hooks: ClassVar[bool] = False
+    """Whether it reads a set of hooks side by side, as crosscoders do."""
     rate_factors: ClassVar[dict[str, float]] = {}
     """Parameters that learn faster or slower than the learning rate, and by what factor."""
 
@@ -147,8 +152,24 @@ class Dictionary(nn.Module, ABC):
 
     @property
     def hook_name(self) -> str:
-        """The hook point that it reads."""
+        """The hook point that it reads; of a crosscoder, the name of its set of hooks."""
         return self.origin.hook_name
+
+    @property
+    def hook_widths(self) -> dict[str, int]:
+        """The hook points that it reads, side by side where they are several, by width."""
+        return self.origin.hook_widths or {self.hook_name: self.d_in}
+
+    @property
+    def mean_width(self) -> float:
+        """Mean width of the hooks that it reads, to which expansion factors refer."""
+        return self.d_in / len(self.hook_widths)
+
+    @property
+    def decoder_norms(self) -> Float[Tensor, " d_sae"]:
+        """What a unit of each latent adds to the reconstruction: the length of its row."""
+        norms: Tensor = torch.linalg.vector_norm(self.W_dec, dim=1)
+        return norms
 
     @torch.no_grad()
     def initialise(
@@ -165,6 +186,10 @@ class Dictionary(nn.Module, ABC):
         """
         self.W_dec.copy_(random_unit_rows(self.d_sae, self.d_out, generator))
         self.b_dec.copy_(centre)
+
+    def balanced(self, rows: Float[Tensor, "n d_out"]) -> Float[Tensor, "n d_out"]:
+        """Rows in units in which every hook of a crosscoder weighs alike; else as they are."""
+        return rows
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "..."]) -> Codes:
@@ -215,6 +240,10 @@ class Dictionary(nn.Module, ABC):
         length. The two are one number unless this is a transcoder.
         """
         self.b_dec.div_(target_scale)
+
+    def fold_scales(self, scales: Sequence[float]) -> None:
+        """`fold_scale` with the scales of what it reads and of what it reconstructs."""
+        self.fold_scale(*scales)
 
     @torch.no_grad()
     def fold_decoder_norms(self) -> None:

@@ -2,6 +2,7 @@
 
 from saefeat.dictionaries.base import Dictionary, DictionaryConfig
 from saefeat.dictionaries.batch_topk import BatchTopK
+from saefeat.dictionaries.crosscoder import Crosscoder, L1Crosscoder
 from saefeat.dictionaries.gated import Gated
 from saefeat.dictionaries.jump_relu import JumpReLU
 from saefeat.dictionaries.matching_pursuit import MatchingPursuit
@@ -17,6 +18,8 @@ KINDS: tuple[type[Dictionary], ...] = (
     JumpReLU,
     Matryoshka,
     MatchingPursuit,
+    Crosscoder,
+    L1Crosscoder,
 )
 
 ARCHITECTURES: dict[str, type[Dictionary]] = {kind.architecture: kind for kind in KINDS}

@@ -65,5 +65,5 @@ class Standard(SparseAutoencoder):
     ) -> dict[str, Float[Tensor, ""]]:
         """The L1 penalty."""
         coefficient = self.penalty.step(codes, context)
-        norms = self.W_dec.norm(dim=1)[codes.latents]
+        norms = self.decoder_norms[codes.latents]
         return {"l1": coefficient * l1_share(codes.values * norms, target, context)}

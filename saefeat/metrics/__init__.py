@@ -5,6 +5,15 @@ from saefeat.metrics.fidelity import (
     fraction_variance_unexplained,
     normalized_mse,
 )
+from saefeat.metrics.layers import (
+    decoder_cosines,
+    effective_layers,
+    feature_growth,
+    features_held,
+    layer_profile,
+    peak_share,
+    reuse,
+)
 from saefeat.metrics.loss_recovered import ce_loss_recovered
 from saefeat.metrics.sparsity import (
     effective_features,
@@ -25,13 +34,20 @@ __all__ = [
     "ablation_costs",
     "ce_loss_recovered",
     "dead_fraction",
+    "decoder_cosines",
     "effective_features",
+    "effective_layers",
     "feature_density",
+    "feature_growth",
+    "features_held",
     "features_per_neuron",
     "fraction_variance_unexplained",
     "l0",
     "l0_ratio",
+    "layer_profile",
     "match_features",
     "normalized_mse",
     "on_share_by_decile",
+    "peak_share",
+    "reuse",
 ]

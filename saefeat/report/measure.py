@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from tqdm import tqdm
 import saefeat
 from saefeat.activations.stream import ActivationStream
 from saefeat.dictionaries.base import Dictionary
+from saefeat.dictionaries.crosscoder import AcrossHooks
 from saefeat.metrics.fidelity import FidelitySums
+from saefeat.metrics.layers import layer_profile
 from saefeat.metrics.loss_recovered import CrossEntropy, ce_loss_recovered
 from saefeat.metrics.sparsity import SparsityCounts, features_per_neuron
 from saefeat.report.record import QUANTILES, Layer, Report, Row, layer_number
@@ -31,6 +33,10 @@ def measure(
     progress: bool = True,
 ) -> Report:
     """Measure every dictionary on the same held-out tokens.
+
+    A crosscoder is measured on all its hooks together, each scaled to the same mean norm, and its
+    FVU at each hook besides. Its neurons are those of all its hooks. No loss recovered is given
+    for it: it reads later layers, which know what an earlier one held before it was replaced.
 
     Args:
         bank: The dictionaries.
@@ -57,7 +63,9 @@ def measure(
             "n_tokens must be at least 2, ce_tokens at least 1 and ablation 'zero' or 'mean', "
             f"got {n_tokens}, {ce_tokens} and {ablation!r}."
         )
-    wanted = dict.fromkeys([*bank.hooks, *bank.targets.values()])
+    reads, targets = bank.reads, bank.targets
+    read_hooks = [*bank.hooks, *(one.origin.target_hook_name for one in bank.values())]
+    wanted = dict.fromkeys(hook_name for hook_name in read_hooks if hook_name is not None)
     missing = [hook_name for hook_name in wanted if hook_name not in stream.hooks]
     if missing:
         raise KeyError(
@@ -69,12 +77,14 @@ def measure(
             "The loss recovered needs held-out tokens, and this stream has none (it was made "
             "from tensors, or nothing was held out). Leave model=None."
         )
-    sparsity = {key: SparsityCounts(one.W_dec.detach().norm(dim=1)) for key, one in bank.items()}
+    sparsity = {key: SparsityCounts(one.decoder_norms.detach()) for key, one in bank.items()}
     fidelity = {key: FidelitySums() for key in bank}
-    row_sums = {
-        name: torch.zeros(stream.widths[name], dtype=torch.float64)
-        for name in {*bank.targets.values()}
+    by_hook = {
+        key: {hook_name: FidelitySums() for hook_name in one.hook_widths}
+        for key, one in bank.items()
+        if one.reads_several_hooks
     }
+    row_sums = {name: torch.zeros(stream.widths[name], dtype=torch.float64) for name in wanted}
     n_seen = 0
     bar = tqdm(unit="tok", desc="measuring", disable=not progress)
     for batch in stream.held_out_batches(n_tokens):
@@ -84,9 +94,16 @@ def measure(
         for name, total in row_sums.items():
             total += rows[name].double().sum(0)
         for key, dictionary in bank.items():
-            codes = dictionary.encode(rows[key[0]])
+            x = torch.cat([rows[hook_name] for hook_name in reads[key]], dim=1)
+            target = x if targets[key] == key[0] else rows[targets[key]]
+            codes = dictionary.encode(x)
+            recon = dictionary.decode(codes)
             sparsity[key].update(codes)
-            fidelity[key].update(rows[bank.targets[key]], dictionary.decode(codes))
+            fidelity[key].update(dictionary.balanced(target), dictionary.balanced(recon))
+            if key in by_hook:
+                parts = recon.split(list(dictionary.hook_widths.values()), dim=1)
+                for (hook_name, sums), part in zip(by_hook[key].items(), parts, strict=True):
+                    sums.update(rows[hook_name], part)
     bar.close()
     losses: dict[Key, dict[str, float]] = {}
     cross_entropy = None
@@ -95,16 +112,24 @@ def measure(
         evaluation = CrossEntropy(model, stream.held_out_tokens.first(n_contexts))
         means = {name: (total / n_seen).float() for name, total in row_sums.items()}
         losses, cross_entropy = _losses(bank, evaluation, ablation, means, progress)
-    measured = [
-        _row(key, dictionary, bank.targets[key], sparsity[key], fidelity[key], losses.get(key, {}))
-        for key, dictionary in bank.items()
-    ]
+    measured = []
+    for key, dictionary in bank.items():
+        row = _row(key, dictionary, targets[key], sparsity[key], fidelity[key], losses.get(key, {}))
+        if isinstance(dictionary, AcrossHooks):
+            alive = sparsity[key].firing > 0
+            row = replace(
+                row,
+                layer=None,
+                fvu_by_hook={hook_name: sums.fvu for hook_name, sums in by_hook[key].items()},
+                layer_profile=asdict(layer_profile(dictionary, alive)) if alive.any() else None,
+            )
+        measured.append(row)
     return Report(
         saefeat_version=saefeat.__version__,
         model=stream.model_name,
         n_tokens=n_seen,
         rows=measured,
-        layers=[_layer(hook_name, measured, sparsity) for hook_name in bank.hooks],
+        layers=[_layer(name, measured, sparsity) for name in dict.fromkeys(key[0] for key in bank)],
         left_out=asdict(stream.left_out),
         cross_entropy=cross_entropy,
         densities={
@@ -127,6 +152,8 @@ def _losses(
     for key, dictionary in tqdm(
         bank.items(), desc="loss recovered", unit="dictionary", disable=not progress
     ):
+        if dictionary.reads_several_hooks:
+            continue
         target = bank.targets[key]
         if target not in ablated:
             mean = means[target] if ablation == "mean" else torch.zeros_like(means[target])

@@ -25,10 +25,11 @@ class Row:
     """One dictionary."""
 
     hook_name: str
+    """Of a crosscoder, the name of its set of hooks; `fvu_by_hook` has their own."""
     target_hook_name: str
     """The hook that it reconstructs: `hook_name`, but for transcoders."""
     layer: int | None
-    """The first number in the hook's name."""
+    """The first number in the hook's name; None for a crosscoder."""
     architecture: str
     d_in: int
     n_neurons: int
@@ -59,6 +60,10 @@ class Row:
     """None where no model was given."""
     density_quantiles: dict[str, float]
     """Quantiles of log10 density over the latents that fired."""
+    fvu_by_hook: dict[str, float] | None = None
+    """FVU at each hook that a crosscoder reads; None for a dictionary of one hook."""
+    layer_profile: dict[str, Any] | None = None
+    """How a crosscoder's latents that fired lie over its hooks; see `metrics.layers`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +117,13 @@ class Report:
                 f"{row.fvu:>6.3f} {'–' if recovered is None else f'{recovered:.3f}':>7} "
                 f"{density:>26}"
             )
+        for row in self.rows:
+            if row.layer_profile is not None:
+                lines.append(
+                    f"{row.hook_name}, {row.d_sae:,} latents, seed {row.seed}: a latent is held by "
+                    f"{row.layer_profile['reuse']:.2f} of {len(row.fvu_by_hook or ())} hooks, and "
+                    f"spread over {row.layer_profile['effective_layers']:.2f}."
+                )
         lines.append(
             "alive: fired at least once on these tokens; per neuron: alive / neurons of the layer; "
             "eff.: effective features."

@@ -97,6 +97,7 @@ def agreement(fits: Sequence[Fit], *, picks: int, n_rows: int) -> Agreement:
     is_sum = torch.zeros_like(shared)
     is_sum[shared] = sums_of_two(features.directions[shared], of_group[shared])
     counted = shared & ~is_sum
+    contenders = counted | _contenders(features.directions, of_group, counted, shared)
     strict = features_over_seeds(atoms, cosine=STRICT)
     found_by_all = strict.directions[strict.found_in == len(fits)]
     return Agreement(
@@ -106,7 +107,9 @@ def agreement(fits: Sequence[Fit], *, picks: int, n_rows: int) -> Agreement:
         directions=features.directions[counted],
         energy=of_group[counted],
         offset=torch.stack([fit.offset for fit in fits]).mean(0),
-        found_in=features.found_in[counted | _contenders(features.directions, of_group, counted, shared)],
+        found_in=features.found_in[
+            counted | _contenders(features.directions, of_group, counted, shared)
+        ],
         n_seeds=len(fits),
         n_strict=_n_near(features.directions[counted], found_by_all),
         n_sums=int(is_sum.sum()),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,9 @@ from saefeat.superposition.agreement import Agreement, agreement
 from saefeat.superposition.code_densities import code_densities
 from saefeat.superposition.feature_count import FeatureCount, Step
 from saefeat.superposition.pursuit import fit_pursuit
+from saefeat.superposition.sae_counts import count_recipe, sae_counts
+from saefeat.superposition.theory import load
+from saefeat.training.trainer import train
 
 PICKS = (1, 2, 4, 8, 16, 32)
 """Numbers of picks that are tried in turn, until agreement falls."""
@@ -41,6 +45,7 @@ def count_features(
     seeds: Sequence[int] = (0, 1, 2),
     picks: Sequence[int] = PICKS,
     max_expansion: int = 32,
+    saes: bool = True,
     device: str | torch.device = "auto",
     progress: bool = True,
 ) -> FeatureCount:
@@ -66,6 +71,8 @@ def count_features(
         seeds: Of the random starts, at least 2.
         picks: Numbers of picks to choose from, in ascending order.
         max_expansion: Atoms per neuron at most.
+        saes: Whether to train BatchTopK SAEs on the same rows, twice and four times as wide as
+            there are features, and to give their counts beside. The stream must have one hook.
         device: Where to compute.
         progress: Whether to draw progress bars on standard error.
 
@@ -77,6 +84,11 @@ def count_features(
         ValueError: An option is out of range, nothing was held out, or as for `train`.
     """
     hook_name = _checked(stream, n_tokens, hook_name, seeds, picks, max_expansion)
+    if saes and len(stream.hooks) > 1:
+        raise ValueError(
+            "SAEs would be trained at all hooks of the stream. Make one of this hook alone, "
+            f"hooks={hook_name!r}, or pass saes=False."
+        )
     held_out = _held_out(stream, hook_name)
     d_in = stream.widths[hook_name]
     n_probe = min(n_tokens, max(n_tokens // 8, PROBE_ROWS))
@@ -127,7 +139,20 @@ def count_features(
         whole = compare(half.d_sae, half.picks, len(seeds), n_tokens)
         steps.append(_step("whole", whole))
         longer = [half, whole]
-    return _conclusion(hook_name, held_out, best, longer, tuple(steps), tuple(seeds))
+    count = _conclusion(hook_name, held_out, best, longer, tuple(steps), tuple(seeds))
+    if not saes:
+        return count
+    n_features = max(count.estimate, d_in)
+    bank = train(
+        stream,
+        count_recipe(max(1, round(float(count.densities.sum())))),
+        expansion_factors=[math.ceil(factor * n_features / d_in) for factor in (2, 4)],
+        seeds=seeds,
+        n_tokens=n_tokens,
+        device=device,
+        progress=progress,
+    )
+    return replace(count, saes=sae_counts(bank, stream, progress=progress))
 
 
 def _checked(
@@ -188,6 +213,7 @@ def _step(stage: str, one: Agreement) -> Step:
         n_sums=one.n_sums,
         shared_energy=one.shared_energy,
         coverage=one.coverage,
+        chao2=one.chao2,
         fvu=one.fvu,
     )
 
@@ -219,7 +245,6 @@ def _conclusion(
     identifiable = not reasons
     densities = code_densities(last.directions, last.offset, held_out, last.picks)
     n_neurons = held_out.shape[1]
-    load = float(torch.special.entr(densities).sum()) / n_neurons
     found = float(last.n_features)
     estimate, low, high = found, found, math.inf
     if identifiable:
@@ -233,7 +258,7 @@ def _conclusion(
         coverage=last.coverage,
         identifiable=identifiable,
         reasons=tuple(reasons),
-        load=load,
+        load=load(densities, n_neurons) if len(densities) else 0.0,
         n_tokens=last.n_rows,
         seeds=seeds,
         steps=steps,

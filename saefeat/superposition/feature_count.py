@@ -1,10 +1,12 @@
 """The answer of `count_features`."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
+
+from saefeat.superposition.sae_counts import SAECounts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +29,8 @@ class Step:
     shared_energy: float
     """Share of the energy of the codes that is in what two starts at least have found."""
     coverage: float
+    chao2: float
+    """Features with those that no start has found, as far as they can be told."""
     fvu: float
 
 
@@ -62,6 +66,8 @@ class FeatureCount:
     """The features that were found."""
     densities: Float[Tensor, " n_features"] = field(repr=False)
     """Share of the rows in which each is on, with a third of its usual strength at least."""
+    saes: tuple[SAECounts, ...] = ()
+    """What SAEs of several widths count on the same rows."""
 
     @property
     def per_neuron(self) -> float:
@@ -84,9 +90,8 @@ class FeatureCount:
         more = ("identifiable", "reasons", "load", "n_tokens", "seeds")
         facts = {name: getattr(self, name) for name in (*names, *more)}
         facts["high"] = self.high if self.identifiable else None
-        facts["steps"] = [
-            {name: getattr(step, name) for name in Step.__dataclass_fields__} for step in self.steps
-        ]
+        facts["steps"] = [asdict(step) for step in self.steps]
+        facts["saes"] = [asdict(counts) for counts in self.saes]
         return facts
 
     def __str__(self) -> str:
@@ -108,4 +113,12 @@ class FeatureCount:
             f"{last.shared_energy:.1%} of the energy found again, 2 x load {2 * self.load:.2f}"
         )
         lines += [f"  {reason}" for reason in self.reasons]
+        for sae in self.saes:
+            alive = sum(sae.alive.per_seed) / len(sae.seeds)
+            effective = sum(sae.effective) / len(sae.seeds)
+            lines.append(
+                f"  BatchTopK SAEs of {sae.d_sae:,} latents: {alive:,.0f} alive, e^H "
+                f"{effective:,.0f}, in two seeds {sae.alive.n_stable:,}, by ablation "
+                f"{sae.distinct.n_stable:,}, Chao2 {sae.distinct.chao2:,.0f}"
+            )
         return "\n".join(lines)

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from saefeat.activations.stream import ActivationStream
 from saefeat.dictionaries.base import Dictionary
+from saefeat.dictionaries.batch_topk import BatchTopKConfig
 from saefeat.metrics.contribution import AblationCosts
 from saefeat.metrics.sparsity import SparsityCounts
 from saefeat.superposition.estimators import SeedCounts, costly_latents
@@ -44,6 +45,16 @@ class SAECounts:
     split_share: tuple[float, ...]
     """Share of each seed's alive latents with another alive one at a cosine of 0.9 or more: what
     of a wider dictionary's count is splitting."""
+
+
+def count_recipe(k: int) -> BatchTopKConfig:
+    """A recipe for SAEs whose latents are to be counted.
+
+    Of 128 planted features in 32 dimensions (density .01, 2M rows in batches of 512, 512 latents)
+    this one found .92 at a cosine of .9; without the auxiliary loss .72, without annealing k
+    .79, at half the rate .65, and at twice the rate .99 with 25 that are no features besides.
+    """
+    return BatchTopKConfig(k=k, k_start_factor=4.0, learning_rate=2e-3)
 
 
 @torch.no_grad()

@@ -39,7 +39,12 @@ class Bank(Mapping[Key, Dictionary]):
     @property
     def hooks(self) -> list[str]:
         """The hook points that its dictionaries read, each once."""
-        return list(dict.fromkeys(hook_name for hook_name, _, _ in self))
+        return list(dict.fromkeys(hook for hooks in self.reads.values() for hook in hooks))
+
+    @property
+    def reads(self) -> dict[Key, list[str]]:
+        """The hooks that each dictionary reads: its own, but for crosscoders."""
+        return {key: list(one.origin.hook_widths or [key[0]]) for key, one in self.items()}
 
     @property
     def targets(self) -> dict[Key, str]:

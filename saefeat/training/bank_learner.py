@@ -24,6 +24,9 @@ INITIAL_ROWS = 4096
 class BankLearner:
     """Trains dictionaries that share batches; those of one hook share its normalised rows.
 
+    The hooks of a crosscoder are normalised each by itself and put side by side; their set has
+    a name, by which it is here as if it were one hook.
+
     Args:
         dictionaries: What to train by key; it is changed.
         n_tokens: Rows of the whole run.
@@ -49,6 +52,8 @@ class BankLearner:
         self.device = device
         self.trained = trained
         self.targets = Bank(dictionaries).targets
+        self.groups: dict[str, dict[str, int]] = {}
+        """The hooks of each set that crosscoders read, by width."""
         self.selection_dtype = selection_dtype
         self.step_number = 0
         self.n_tokens_seen = 0
@@ -58,8 +63,12 @@ class BankLearner:
         self.loss_sums: dict[Key, Tensor | float] = dict.fromkeys(dictionaries, 0.0)
         """Of all steps: not finite from the first that is not."""
         for key, dictionary in dictionaries.items():
-            self.scales.setdefault(key[0], ActivationScale(dictionary.d_in, device))
-            self.scales.setdefault(self.targets[key], ActivationScale(dictionary.d_out, device))
+            widths = {key[0]: dictionary.d_in, self.targets[key]: dictionary.d_out}
+            if dictionary.reads_several_hooks:
+                widths = dictionary.origin.hook_widths or {key[0]: dictionary.d_in}
+                self.groups[key[0]] = widths
+            for hook_name, width in widths.items():
+                self.scales.setdefault(hook_name, ActivationScale(width, device))
             self.learners.setdefault(key[0], {})[key] = Learner(
                 dictionary.to(device),
                 n_tokens=n_tokens,
@@ -88,6 +97,12 @@ class BankLearner:
             x = batch[hook_name].to(self.device, torch.float32, non_blocking=True)
             scale.update(x)
             scaled[hook_name] = x * scale.factor.float()
+        for name, hooks in self.groups.items():
+            scaled[name] = torch.cat([scaled[hook_name] for hook_name in hooks], dim=1)
+        # Of a hook that only crosscoders read, the copy among the others is enough.
+        scaled = {
+            name: scaled[name] for name in dict.fromkeys((*self.learners, *self.targets.values()))
+        }
         if looks:
             self._check_activations()
         if self.step_number == 0:
@@ -167,7 +182,7 @@ class BankLearner:
     def _folded(self, key: Key, dictionary: Dictionary) -> Dictionary:
         """The dictionary, changed into one that reads raw activations."""
         dictionary.with_origin(n_tokens=dictionary.origin.n_tokens + self.n_tokens_seen)
-        dictionary.fold_scale(*self._factors(key))
+        dictionary.fold_scales(self._factors(key))
         dictionary.zero_grad()  # the buffers of the run
         return dictionary.requires_grad_(False).to("cpu")
 
@@ -187,9 +202,17 @@ class BankLearner:
             scores = shared_scores(dictionaries, centred, mean, self.selection_dtype, self.scratch)
             yield from zip(keys, scores, strict=True)
 
-    def _factors(self, key: Key) -> tuple[float, float]:
-        """The scales of what a dictionary reads and of what it reconstructs."""
-        return float(self.scales[key[0]].factor), float(self.scales[self.targets[key]].factor)
+    def _factors(self, key: Key) -> list[float]:
+        """The scales of what a dictionary reads and reconstructs, or of a crosscoder's hooks."""
+        hooks = self.groups.get(key[0], (key[0], self.targets[key]))
+        return [float(self.scales[hook_name].factor) for hook_name in hooks]
+
+    def _by_hook(
+        self, name: str, x: Float[Tensor, "n d_in"]
+    ) -> Iterator[tuple[str, Float[Tensor, "n _"]]]:
+        """The rows of a hook, or of each hook in a set."""
+        widths = self.groups.get(name, {name: x.shape[1]})
+        yield from zip(widths, x.split(list(widths.values()), dim=1), strict=True)
 
     def _check_activations(self) -> None:
         for hook_name, scale in self.scales.items():
@@ -215,17 +238,20 @@ class BankLearner:
 
     def _begin(self, scaled: Mapping[str, Float[Tensor, "n _"]]) -> None:
         """Initialise the dictionaries from the first batch, or fit trained ones to its scale."""
-        for hook_name, x in scaled.items():
-            _check_that_it_varies(hook_name, x)
+        for name, x in scaled.items():
+            for hook_name, part in self._by_hook(name, x):
+                _check_that_it_varies(hook_name, part)
         sample = {name: x[:INITIAL_ROWS] for name, x in scaled.items()}
-        centres = {name: geometric_median(sample[name]) for name in {*self.targets.values()}}
+        centres = {
+            name: torch.cat([geometric_median(x) for _, x in self._by_hook(name, sample[name])])
+            for name in {*self.targets.values()}
+        }
         for hook_name, learners in self.learners.items():
             for key, learner in learners.items():
                 dictionary, target = learner.dictionary, self.targets[key]
                 if self.trained:
+                    dictionary.fold_scales([1 / factor for factor in self._factors(key)])
                     dictionary.fold_decoder_norms()
-                    scale, target_scale = self._factors(key)
-                    dictionary.fold_scale(1 / scale, 1 / target_scale)
                     continue
                 generator = torch.Generator()
                 generator.manual_seed(_initial_seed(hook_name, dictionary.d_sae, key[2]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from saefeat.core import memory
 from saefeat.dictionaries.base import Dictionary
-from saefeat.training.bank import Key
+from saefeat.training.bank import Bank, Key
 from saefeat.training.requirements import BATCHES, BUFFER, SCORES, WEIGHTS, Requirements
 
 Option = Callable[[Requirements], Iterator[tuple[str, Requirements]]]
@@ -147,9 +147,8 @@ def _part_of_bank(index: int, what: str) -> Option:
 
 def _restricted(run: Requirements, index: int, values: set[object]) -> Requirements:
     kept = {key: one for key, one in run.dictionaries.items() if key[index] in values}
-    hooks = {key[0] for key in kept} | {
-        one.origin.target_hook_name for one in kept.values() if one.origin.target_hook_name
-    }
+    bank = Bank(kept)
+    hooks = {*bank.hooks, *bank.targets.values()}
 
     remake = run.remake
 

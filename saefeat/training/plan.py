@@ -130,6 +130,7 @@ def plan(
     expansion_factors: Sequence[float] = (8,),
     seeds: Sequence[int] = (0,),
     targets: Mapping[str, str] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
     n_tokens: int,
     out: str | Path | None = None,
     device: str | torch.device = "auto",
@@ -152,6 +153,7 @@ def plan(
         expansion_factors: As for `train`.
         seeds: As for `train`.
         targets: As for `train`.
+        groups: As for `train`.
         n_tokens: As for `train`.
         out: The folder that the run would make; None where it writes nothing.
         device: As for `train`.
@@ -178,6 +180,7 @@ def plan(
         expansion_factors=expansion_factors,
         seeds=seeds,
         targets=targets,
+        groups=groups,
         n_tokens=n_tokens,
         log_every=log_every,
         checkpoint_every=checkpoint_every,
@@ -361,6 +364,7 @@ def load_libraries(device: torch.device, kernels: Kernels) -> None:
         expansion_factors=(2,),
         seeds=(0,),
         targets=None,
+        groups=None,
         n_tokens=32,
         log_every=1,
         checkpoint_every=1,

@@ -88,6 +88,7 @@ class Requirements:
         expansion_factors: Sequence[float],
         seeds: Sequence[int],
         targets: Mapping[str, str] | None,
+        groups: Mapping[str, Sequence[str]] | None,
         n_tokens: int,
         log_every: int,
         checkpoint_every: int,
@@ -104,7 +105,7 @@ class Requirements:
             if isinstance(config, Bank):
                 return config
             with torch.device("meta"):
-                return blank_dictionaries(stream, config, factors, seeds, targets)
+                return blank_dictionaries(stream, config, factors, seeds, targets, groups)
 
         return cls(
             dictionaries=remake(expansion_factors),
@@ -232,11 +233,15 @@ class Requirements:
         return size * (rows + encoders + scores) + pursuit
 
     def _scaled_bytes(self) -> int:
-        """The batch in float32, scaled, at every hook that takes part; and unscaled at one."""
+        """The batch in float32, scaled, wherever it takes part; and unscaled at one hook.
+
+        The hooks of a crosscoder are there twice, each by itself and side by side.
+        """
         widths: dict[str, int] = {}
         for key, one in self.dictionaries.items():
             widths[key[0]] = one.d_in
             widths[one.origin.target_hook_name or key[0]] = one.d_out
+            widths |= one.origin.hook_widths or {}
         return 4 * self.batch_size * (sum(widths.values()) + max(widths.values()))
 
     def _step_bytes(self) -> int:

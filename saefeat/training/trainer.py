@@ -35,6 +35,7 @@ def train(
     expansion_factors: Sequence[float] = (8,),
     seeds: Sequence[int] = (0,),
     targets: Mapping[str, str] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
     n_tokens: int,
     out: str | Path | None = None,
     device: str | torch.device = "auto",
@@ -55,12 +56,18 @@ def train(
         stream: Where the activations come from; only its training part is read.
         config: What kind of dictionary, and its recipe; or a bank to train further, by the
             recipes that its dictionaries hold. The bank itself stays as it is, and
-            `expansion_factors`, `seeds` and `targets` are its own.
-        expansion_factors: d_sae / d_in of each dictionary; fractions are fine.
+            `expansion_factors`, `seeds`, `targets` and `groups` are its own.
+        expansion_factors: d_sae / d_in of each dictionary; fractions are fine. For a crosscoder
+            d_in is the mean width of its hooks, so that it has the latents of one dictionary of
+            one hook, and as many weights as such dictionaries of all its hooks together.
         seeds: Seeds of the initial weights.
         targets: None trains a dictionary of every hook. {hook: other hook} trains transcoders
             instead, which read the one and predict the other: {"blocks.3.ln2.hook_out":
             "blocks.3.hook_mlp_out"}, say. Hooks that are no key train nothing.
+        groups: Names of sets of hooks, a crosscoder of each: {"early": ["blocks.0.hook_out",
+            "blocks.1.hook_out"]}, say, whose crosscoder is `bank["early", 8, 0]`. A pattern
+            stands for all hooks of the stream that it matches. None makes one crosscoder of all
+            hooks, named by `group_name`.
         n_tokens: Rows of activations to learn from; more than the stream has means several
             epochs, each in a new order.
         out: A new folder for the run: `config.json` first, `metrics.jsonl` and `checkpoints/` as
@@ -110,6 +117,7 @@ def train(
             expansion_factors=expansion_factors,
             seeds=seeds,
             targets=targets,
+            groups=groups,
             n_tokens=n_tokens,
             log_every=log_every,
             checkpoint_every=checkpoint_every,
@@ -120,7 +128,7 @@ def train(
     dictionaries = (
         copies(stream, config)
         if isinstance(config, Bank)
-        else blank_dictionaries(stream, config, expansion_factors, seeds, targets)
+        else blank_dictionaries(stream, config, expansion_factors, seeds, targets, groups)
     )
     learner = BankLearner(
         dictionaries,
@@ -268,8 +276,10 @@ def _with_bar(
 
 def _described(key: Key, dictionary: Dictionary) -> dict[str, object]:
     hook_name, expansion_factor, seed = key
+    widths = dictionary.origin.hook_widths
     return {
         "hook_name": hook_name,
+        **({} if widths is None else {"hook_widths": widths}),
         "target_hook_name": dictionary.origin.target_hook_name,
         "expansion_factor": expansion_factor,
         "seed": seed,
