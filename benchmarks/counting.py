@@ -13,7 +13,8 @@ it. Each of the `--processes` has one thread.
 - estimate, low, high, coverage, identifiable, measured_twice_load: the answer.
 - shared_energy, n_strict, chao2, half: what it was made of.
 - recall: share of the features that a counted direction has a cosine of at least 0.9 with.
-- sae_*: what BatchTopK SAEs with about twice as many latents as features count on as many rows.
+- sae_*: what BatchTopK SAEs with twice as many latents as features count, after four times as
+  many rows; they are told how many features there are and how many are on.
 - seconds: of the count, and of the SAEs.
 """
 
@@ -36,6 +37,8 @@ import saefeat as sf
 
 CORRELATION = 0.3
 CHILDREN = 0.5
+SAE_ROWS = 4
+"""Rows that SAEs learn from, over those of the count."""
 
 
 @dataclass
@@ -154,7 +157,7 @@ def sae_columns(
         count_recipe(max(1, round(truth.l0))),
         expansion_factors=[2 * truth.n_features / truth.d_in],
         seeds=(0, 1, 2),
-        n_tokens=n_rows,
+        n_tokens=SAE_ROWS * n_rows,
         progress=False,
     )
     (counts,) = sf.sae_counts(bank, stream, n_tokens=30_000, progress=False)

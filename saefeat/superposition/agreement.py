@@ -2,17 +2,18 @@
 
 An atom that stands for nothing in the data (one that fits a chance mixture of features, or a
 residual) lies elsewhere after another random start. So what comes back is counted, once copies
-of one feature within a dictionary are merged and sums of two are left out.
+of one feature within a dictionary are merged and combinations of others left out.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import comb
 
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.special import betaincinv
 from torch import Tensor
 
-from saefeat.superposition.diagnostics.composition import nearest_sums
 from saefeat.superposition.estimators import chao2, good_turing_coverage
 from saefeat.superposition.matching import features_over_seeds, merge_duplicates
 from saefeat.superposition.pursuit import Fit
@@ -23,10 +24,12 @@ SAME = 0.9
 """Cosine from which atoms of two dictionaries are one feature."""
 STRICT = 0.95
 """The same, where doubt counts against a feature."""
-SUM = 0.95
-"""Cosine from which an atom is the sum of two others."""
-SUM_CANDIDATES = 24
-"""Parts of a sum are sought among so many of the nearest directions."""
+COMBINED = 0.95
+"""Cosine from which an atom is a combination of others; higher where chance reaches this."""
+BY_CHANCE = 0.01
+"""Most combinations of a random direction that are expected by chance."""
+PARTS = 3
+"""Of a combination."""
 WEAK = 0.5
 """What one dictionary alone has found is held against the count if it carries at least this share
 of the energy that the weakest twentieth of the counted features carries."""
@@ -41,7 +44,7 @@ class Agreement:
     n_rows: int
     """Rows that each was fitted on."""
     directions: Float[Tensor, "n_features d_in"]
-    """The features that two dictionaries at least have found, sums of two left out."""
+    """The features that two dictionaries at least have found, combinations left out."""
     energy: Float[Tensor, " n_features"]
     """Mean square of a feature's code."""
     offset: Float[Tensor, " d_in"]
@@ -52,8 +55,8 @@ class Agreement:
     n_seeds: int
     n_strict: int
     """Features that all dictionaries have found, at a cosine of 0.95."""
-    n_sums: int
-    """What was left out as the sum of two features."""
+    n_combined: int
+    """What was left out as a combination of other features."""
     shared_energy: float
     """Share of the energy of all codes that is in what two dictionaries at least have found."""
     fvu: float
@@ -94,9 +97,9 @@ def agreement(fits: Sequence[Fit], *, picks: int, n_rows: int) -> Agreement:
     of_group /= features.found_in
     shared = features.found_in >= 2
     whole = of_group * features.found_in
-    is_sum = torch.zeros_like(shared)
-    is_sum[shared] = sums_of_two(features.directions[shared], of_group[shared])
-    counted = shared & ~is_sum
+    is_combined = torch.zeros_like(shared)
+    is_combined[shared] = combinations(features.directions[shared], of_group[shared])
+    counted = shared & ~is_combined
     contenders = counted | _contenders(features.directions, of_group, counted, shared)
     strict = features_over_seeds(atoms, cosine=STRICT)
     found_by_all = strict.directions[strict.found_in == len(fits)]
@@ -107,46 +110,77 @@ def agreement(fits: Sequence[Fit], *, picks: int, n_rows: int) -> Agreement:
         directions=features.directions[counted],
         energy=of_group[counted],
         offset=torch.stack([fit.offset for fit in fits]).mean(0),
-        found_in=features.found_in[
-            counted | _contenders(features.directions, of_group, counted, shared)
-        ],
+        found_in=features.found_in[contenders],
         n_seeds=len(fits),
         n_strict=_n_near(features.directions[counted], found_by_all),
-        n_sums=int(is_sum.sum()),
+        n_combined=int(is_combined.sum()),
         shared_energy=float(whole[shared].sum() / whole.sum().clamp_min(1e-30)),
         fvu=sum(fit.fvu for fit in fits) / len(fits),
         l0=sum(fit.l0 for fit in fits) / len(fits),
     )
 
 
-def sums_of_two(
+def combinations(
     directions: Float[Tensor, "n d_in"], energy: Float[Tensor, " n"]
 ) -> Bool[Tensor, " n"]:
-    """Which directions are sums of two others, both with positive weights.
+    """Which directions are combinations of three others at most, with weights of either sign.
 
-    The weakest are tried first, against those that are still in: a feature that is on with many
-    others is near the sum of two of their sums, and must not be taken for one.
+    Of features A and B that are on together a dictionary may learn A + B besides, and of a feature
+    P with children C and D that never come without it P, P + C, P + D and P + C + D, which are one
+    too many: any three of these give the fourth. The weakest are tried first, against those
+    that are still in, since a feature that is on with many others is near a combination of its own
+    sums, and must not be taken for one.
     """
     unit = torch.nn.functional.normalize(directions.double(), dim=1)
-    suspects = _is_sum(unit, unit).nonzero()[:, 0]
-    is_sum = torch.zeros(len(unit), dtype=torch.bool)
+    suspects = _are_combinations(unit, unit, torch.arange(len(unit))).nonzero()[:, 0]
+    kept = torch.ones(len(unit), dtype=torch.bool)
     for suspect in suspects[energy[suspects].argsort()].tolist():
-        is_sum[suspect] = bool(_is_sum(unit[suspect : suspect + 1], unit[~is_sum]))
-    return is_sum
+        kept[suspect] = False
+        one = unit[suspect : suspect + 1]
+        kept[suspect] = not bool(_are_combinations(one, unit[kept]))
+    return ~kept
 
 
-def _is_sum(
-    queries: Float[Tensor, "n_queries d_in"], parts: Float[Tensor, "n_parts d_in"]
-) -> Bool[Tensor, " n_queries"]:
-    sums = nearest_sums(
-        queries,
-        parts,
-        same=DUPLICATE,
-        least_weight=0.1,
-        candidates=SUM_CANDIDATES,
-        by_second=False,
-    )
-    return sums.cosines > SUM
+def _are_combinations(
+    queries: Float[Tensor, "m d_in"],
+    parts: Float[Tensor, "n d_in"],
+    own: Int[Tensor, " m"] | None = None,
+) -> Bool[Tensor, " m"]:
+    """Which queries three parts at most, picked greedily, explain but for `_unexplained`.
+
+    `own` is where each query is among the parts: it does not explain itself.
+    """
+    most = _unexplained(len(parts), parts.shape[1])
+    if most == 0:
+        return torch.zeros(len(queries), dtype=torch.bool)
+    found = []
+    for start in range(0, len(queries), 1024):
+        rows = queries[start : start + 1024]
+        residual, picked = rows, torch.empty(len(rows), 0, dtype=torch.int64)
+        for _ in range(PARTS):
+            near = (residual @ parts.T).abs()
+            if own is not None:
+                near.scatter_(1, own[start : start + 1024, None], -1.0)
+            near.scatter_(1, picked, -1.0)
+            picked = torch.cat([picked, near.argmax(1, keepdim=True)], 1)
+            chosen = parts[picked].mT
+            weights = torch.linalg.lstsq(chosen, rows[:, :, None]).solution
+            residual = rows - (chosen @ weights).squeeze(2)
+        found.append(residual.square().sum(1) < most)
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.bool)
+
+
+def _unexplained(n_parts: int, d_in: int) -> float:
+    """Squared length below which what is left of a direction makes it a combination.
+
+    Three directions leave of a random one in d dimensions a share of the Beta((d - 3) / 2, 3 / 2)
+    distribution, and there are n (n - 1) (n - 2) / 6 threes among n: from d = 32 on they never
+    come near by chance, in 8 dimensions they do.
+    """
+    if n_parts <= PARTS or d_in <= PARTS:
+        return 0.0
+    by_chance = betaincinv((d_in - PARTS) / 2, PARTS / 2, min(1, BY_CHANCE / comb(n_parts, PARTS)))
+    return float(min(1 - COMBINED**2, by_chance))
 
 
 def _distinct(fit: Fit) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, " d_sae"]]:
@@ -179,7 +213,7 @@ def _contenders(
     alone = ~shared & (energy >= least)
     ours, theirs = directions[alone].double(), directions[counted].double()
     # A poor copy of what is counted is no feature of its own, nor is a sum.
-    own = ((ours @ theirs.T).amax(1) < DUPLICATE) & ~_is_sum(ours, theirs)
+    own = ((ours @ theirs.T).amax(1) < DUPLICATE) & ~_are_combinations(ours, theirs)
     contenders = torch.zeros_like(shared)
     contenders[alone] = own
     return contenders

@@ -52,12 +52,12 @@ def count_features(
     """Count the features of a layer; nothing about them need be known.
 
     Dictionaries are fitted from several random starts by matching pursuit, and a feature is what
-    comes back: atoms of two starts at least with a cosine of 0.9, copies merged, sums of two
-    features left out. What is chosen is chosen by agreement alone, the share of the codes' energy
-    in atoms that come back: first how many atoms a row may pick (where a row may pick so many
-    that any dictionary explains it, nothing repeats), then the width, doubled until the features
-    fill no more than 0.6 of it. The last fit is as long as asked for, and one of half the length
-    says whether the count still rises.
+    comes back: atoms of two starts at least with a cosine of 0.9, copies merged, combinations of
+    others left out. What is chosen is chosen by agreement alone, the share of the codes' energy in
+    atoms that come back: how many atoms a row may pick (where a row may pick so many that any
+    dictionary explains it, nothing repeats), and the width, doubled until the features fill no
+    more than 0.8 of it. The last fit is as long as asked for, and one of half the length says
+    whether the count still rises.
 
     Few picks are what lets features be found beyond the load at which codes can be: an atom that is
     drawn to a feature averages over all rows that hold it, whatever else is on in them.
@@ -210,7 +210,7 @@ def _step(stage: str, one: Agreement) -> Step:
         n_tokens=one.n_rows,
         n_features=one.n_features,
         n_strict=one.n_strict,
-        n_sums=one.n_sums,
+        n_combined=one.n_combined,
         shared_energy=one.shared_energy,
         coverage=one.coverage,
         chao2=one.chao2,

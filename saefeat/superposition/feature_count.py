@@ -24,8 +24,8 @@ class Step:
     """Features that two random starts at least have found."""
     n_strict: int
     """Those that all have found, at a cosine of 0.95."""
-    n_sums: int
-    """Directions that were left out as the sum of two features."""
+    n_combined: int
+    """Directions that were left out as combinations of others."""
     shared_energy: float
     """Share of the energy of the codes that is in what two starts at least have found."""
     coverage: float
