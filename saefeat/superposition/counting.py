@@ -19,8 +19,8 @@ from saefeat.training.trainer import train
 
 PICKS = (1, 2, 4, 8, 16, 32)
 """Numbers of picks that are tried in turn, until agreement falls."""
-FIRST_EXPANSION = 4
-"""Atoms per neuron of the first width; each further one has twice as many."""
+EXPANSION_FACTORS = (4, 8, 16, 32)
+"""Atoms per neuron of the widths that are tried in turn, until one is wide enough."""
 ROOM = 0.8
 """A width is wide enough if the features fill at most this share of it."""
 LAST_WIDTH = 1.5
@@ -44,7 +44,7 @@ def count_features(
     hook_name: str | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     picks: Sequence[int] = PICKS,
-    max_expansion: int = 32,
+    expansion_factors: Sequence[float] = EXPANSION_FACTORS,
     saes: bool = True,
     device: str | torch.device = "auto",
     progress: bool = True,
@@ -55,8 +55,8 @@ def count_features(
     comes back: atoms of two starts at least with a cosine of 0.9, copies merged, combinations of
     others left out. What is chosen is chosen by agreement alone, the share of the codes' energy in
     atoms that come back: how many atoms a row may pick (where a row may pick so many that any
-    dictionary explains it, nothing repeats), and the width, doubled until the features fill no
-    more than 0.8 of it. The last fit is as long as asked for, and one of half the length says
+    dictionary explains it, nothing repeats), and the width, until the features fill no more than
+    0.8 of it. The last fit is as long as asked for, and one of half the length says
     whether the count still rises.
 
     Few picks are what lets features be found beyond the load at which codes can be: an atom that is
@@ -70,7 +70,8 @@ def count_features(
         hook_name: Which hook of the stream; needed if there are several.
         seeds: Of the random starts, at least 2.
         picks: Numbers of picks to choose from, in ascending order.
-        max_expansion: Atoms per neuron at most.
+        expansion_factors: Atoms per neuron to try, in ascending order, until there is room; the
+            last is the widest dictionary that is fitted.
         saes: Whether to train BatchTopK SAEs on the same rows, twice and four times as wide as
             there are features, and to give their counts beside. The stream must have one hook.
         device: Where to compute.
@@ -83,7 +84,7 @@ def count_features(
         KeyError: The stream has no such hook.
         ValueError: An option is out of range, nothing was held out, or as for `train`.
     """
-    hook_name = _checked(stream, n_tokens, hook_name, seeds, picks, max_expansion)
+    hook_name = _checked(stream, n_tokens, hook_name, seeds, picks, expansion_factors)
     if saes and len(stream.hooks) > 1:
         raise ValueError(
             "SAEs would be trained at all hooks of the stream. Make one of this hook alone, "
@@ -109,8 +110,10 @@ def count_features(
 
     probes: list[Agreement] = []
     widths: list[Agreement] = []
-    while not widths or _should_grow(widths, max_expansion * d_in):
-        d_sae = 2 * widths[-1].d_sae if widths else FIRST_EXPANSION * d_in
+    for expansion_factor in expansion_factors:
+        d_sae = round(expansion_factor * d_in)
+        if widths and not _should_grow(widths):
+            break
         tried: list[Agreement] = []
         for n_picks in picks:
             tried.append(compare(d_sae, n_picks, 2, n_probe))
@@ -128,7 +131,7 @@ def count_features(
         while half is best or half.n_features > ROOM * half.d_sae:
             # Half as many picks again, with which there are fewer sums to leave out, are tried too.
             d_sae = 8 * math.ceil(LAST_WIDTH * half.n_features / 8)
-            if d_sae > max_expansion * d_in:
+            if d_sae > expansion_factors[-1] * d_in:
                 break
             tried = [
                 compare(d_sae, n_picks, len(seeds), n_tokens // 2)
@@ -161,7 +164,7 @@ def _checked(
     hook_name: str | None,
     seeds: Sequence[int],
     picks: Sequence[int],
-    max_expansion: int,
+    expansion_factors: Sequence[float],
 ) -> str:
     if hook_name is None:
         if len(stream.hooks) > 1:
@@ -172,18 +175,21 @@ def _checked(
         hook_name = stream.hooks[0]
     if hook_name not in stream.hooks:
         raise KeyError(f"The stream has no hook {hook_name!r}; it has {', '.join(stream.hooks)}.")
-    if n_tokens < 1000 or max_expansion < FIRST_EXPANSION:
-        raise ValueError(
-            f"n_tokens must be at least 1,000 and max_expansion at least {FIRST_EXPANSION}, got "
-            f"{n_tokens} and {max_expansion}."
-        )
+    if n_tokens < 1000:
+        raise ValueError(f"n_tokens must be at least 1,000 to count features, got {n_tokens}.")
     if len(set(seeds)) != len(seeds) or len(seeds) < 2:
         raise ValueError(
             f"Features are told by what repeats: seeds must name 2 random starts at least, better "
             f"3, each once, got {list(seeds)}."
         )
-    if not picks or list(picks) != sorted(set(picks)) or picks[0] < 1:
-        raise ValueError(f"picks must be ascending numbers from 1 on, got {list(picks)}.")
+    for name, values, least in (
+        ("picks", picks, 1),
+        ("expansion_factors", expansion_factors, 4 / stream.widths[hook_name]),
+    ):
+        if not values or list(values) != sorted(set(values)) or values[0] < least:
+            raise ValueError(
+                f"{name} must be in ascending order, each at least {least:.3g}, got {list(values)}."
+            )
     return hook_name
 
 
@@ -192,13 +198,11 @@ def _held_out(stream: ActivationStream, hook_name: str) -> Float[Tensor, "n d_in
     return torch.cat(rows)
 
 
-def _should_grow(widths: list[Agreement], most: int) -> bool:
+def _should_grow(widths: list[Agreement]) -> bool:
     last = widths[-1]
-    if 2 * last.d_sae > most:
-        return False
     if last.coverage >= COVERED and last.n_features <= ROOM * last.d_sae:
         return False
-    # Two doublings that brought no agreement: a wider dictionary will not either.
+    # Two widths more that brought no agreement: a wider dictionary will not either.
     return len(widths) < 3 or last.shared_energy > widths[-3].shared_energy + 0.05
 
 
@@ -240,7 +244,7 @@ def _conclusion(
         )
     if last.n_features > 0.9 * last.d_sae:
         reasons.append(
-            f"{last.n_features} features fill {last.d_sae} atoms: raise max_expansion to see more."
+            f"{last.n_features} features fill {last.d_sae} atoms: give larger expansion_factors to see more."
         )
     identifiable = not reasons
     densities = code_densities(last.directions, last.offset, held_out, last.picks)

@@ -19,8 +19,11 @@ from saefeat.metrics.fidelity import FidelitySums
 from saefeat.training.bank_learner import BankLearner
 
 BATCH_ROWS = 512
-"""Rows of a step: Adam moves an atom by about its rate a step, so that many small steps find
-features in fewer rows than a few large ones."""
+"""Rows of a step, at least: Adam moves an atom by about its rate a step, so that many small steps
+find features in fewer rows than a few large ones."""
+ROWS_PER_ATOM = 0.5
+"""Rows of a step per atom, at least: the products of all atoms with each other, which each step
+makes anew, then cost no more than twice those of rows and atoms."""
 TOLERANCE = 0.1
 """A row stops picking atoms once what is left is shorter than this share of it."""
 
@@ -69,6 +72,7 @@ def fit_pursuit(
     config = MatchingPursuitConfig(k=min(picks, d_sae), tolerance=TOLERANCE)
     d_in = stream.widths[hook_name]
     factor = d_sae / d_in
+    batch_rows = max(BATCH_ROWS, 1 << math.ceil(math.log2(ROWS_PER_ATOM * d_sae)))
     device = resolve_device(device)
     _, kernels = choose_kernels("auto", device)
     learner = BankLearner(
@@ -79,7 +83,7 @@ def fit_pursuit(
             for seed in seeds
         },
         n_tokens=n_rows,
-        n_steps=math.ceil(n_rows / BATCH_ROWS),
+        n_steps=math.ceil(n_rows / batch_rows),
         device=device,
         kernels=kernels,
         selection_dtype=fastest_dtype(device),
@@ -87,7 +91,7 @@ def fit_pursuit(
     with tqdm(
         total=n_rows, unit="row", desc=f"{d_sae} atoms, {picks} picks", disable=not progress
     ) as bar:
-        for batch in _small_batches(stream.batches(n_rows), hook_name):
+        for batch in _batches_of(batch_rows, stream.batches(n_rows), hook_name):
             learner.step(batch)
             bar.update(len(batch[hook_name]))
     return [
@@ -97,14 +101,14 @@ def fit_pursuit(
     ]
 
 
-def _small_batches(batches: Iterator[Batch], hook_name: str) -> Iterator[Batch]:
-    """The rows of one hook, `BATCH_ROWS` at a time whatever the batches of the stream are."""
+def _batches_of(n: int, batches: Iterator[Batch], hook_name: str) -> Iterator[Batch]:
+    """The rows of one hook, `n` at a time whatever the batches of the stream are."""
     left: Tensor | None = None
     for batch in batches:
         rows = batch[hook_name] if left is None else torch.cat([left, batch[hook_name]])
-        n_whole = len(rows) - len(rows) % BATCH_ROWS
-        for start in range(0, n_whole, BATCH_ROWS):
-            yield {hook_name: rows[start : start + BATCH_ROWS]}
+        n_whole = len(rows) - len(rows) % n
+        for start in range(0, n_whole, n):
+            yield {hook_name: rows[start : start + n]}
         left = rows[n_whole:] if n_whole < len(rows) else None
     if left is not None:
         yield {hook_name: left}
