@@ -91,10 +91,20 @@ def grid(options: Options) -> list[Cell]:
             options.seeds,
         )
     ]
+    cells = [cell for cell in cells if is_possible(cell)]
     random.Random(0).shuffle(cells)
     if options.fast:
         cells = [cell for cell in cells if cell.d_in == min(options.widths)][:12]
     return cells
+
+
+def is_possible(cell: Cell) -> bool:
+    """Whether no density would be above 1, as those of a dense Zipf law are."""
+    try:
+        truth_of(cell)
+    except ValueError:
+        return False
+    return True
 
 
 def truth_of(cell: Cell) -> sf.SyntheticActivations:

@@ -82,7 +82,7 @@ def test_a_layer_gathers_its_seeds_and_states_its_method(report, stream):
     assert layer.n_features["low"] == 1
     assert layer.n_features["high"] == 3
     assert layer.n_features["estimate"] == 2
-    assert "not calibrated" in layer.n_features["method"]
+    assert "not a count of features" in layer.n_features["method"]
     assert layer.coverage is None
     assert layer.identifiable is None
     density = torch.cat([batch["a"] for batch in stream.held_out_batches()]).gt(0).double().mean(0)

@@ -1,7 +1,6 @@
 """`measure`: what the dictionaries of a bank do on tokens that training never saw."""
 
-import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,7 +16,9 @@ from saefeat.metrics.fidelity import FidelitySums
 from saefeat.metrics.layers import layer_profile
 from saefeat.metrics.loss_recovered import CrossEntropy, ce_loss_recovered
 from saefeat.metrics.sparsity import SparsityCounts, features_per_neuron
-from saefeat.report.record import QUANTILES, Layer, Report, Row, layer_number
+from saefeat.report.layers import layer_summaries
+from saefeat.report.record import QUANTILES, Report, Row, layer_number
+from saefeat.superposition.feature_count import FeatureCount
 from saefeat.training.bank import Bank, Key
 
 
@@ -30,6 +31,7 @@ def measure(
     model: Any = None,
     ce_tokens: int = 4096,
     ablation: str = "zero",
+    counts: Sequence[FeatureCount] = (),
     progress: bool = True,
 ) -> Report:
     """Measure every dictionary on the same held-out tokens.
@@ -49,6 +51,9 @@ def measure(
             once for each dictionary, once for each hook, and once clean.
         ablation: What a hook's activations are replaced by for the loss that a dictionary
             recovers from: "zero", or "mean" for their mean over the held-out tokens.
+        counts: What `count_features` gave for some of the hooks. The summary of such a layer has
+            its count, load and coverage; that of another has what the seeds of the widest
+            dictionaries share, or, with one seed only, the alive latents.
         progress: Whether to draw progress bars on standard error.
 
     Returns:
@@ -129,7 +134,7 @@ def measure(
         model=stream.model_name,
         n_tokens=n_seen,
         rows=measured,
-        layers=[_layer(name, measured, sparsity) for name in dict.fromkeys(key[0] for key in bank)],
+        layers=layer_summaries(bank, measured, sparsity, counts),
         left_out=asdict(stream.left_out),
         cross_entropy=cross_entropy,
         densities={
@@ -204,30 +209,4 @@ def _row(
         density_quantiles={
             str(q): float(alive.log10().quantile(q)) for q in QUANTILES if len(alive)
         },
-    )
-
-
-def _layer(hook_name: str, rows: list[Row], sparsity: Mapping[Key, SparsityCounts]) -> Layer:
-    own = [row for row in rows if row.hook_name == hook_name]
-    alive = [float(row.n_alive) for row in own]
-    estimate = statistics.median(alive)
-    n_neurons = own[0].n_neurons
-    loads = [
-        float(torch.special.entr(counts.density).sum()) / n_neurons
-        for key, counts in sparsity.items()
-        if key[0] == hook_name
-    ]
-    return Layer(
-        hook_name=hook_name,
-        n_neurons=n_neurons,
-        n_features={
-            "estimate": estimate,
-            "low": min(alive),
-            "high": max(alive),
-            "method": "alive latents, the range over widths and seeds; not calibrated",
-        },
-        features_per_neuron=features_per_neuron(estimate, n_neurons),
-        coverage=None,
-        load=statistics.median(loads),
-        identifiable=None,
     )

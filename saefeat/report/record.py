@@ -73,7 +73,7 @@ class Layer:
     hook_name: str
     n_neurons: int
     n_features: dict[str, Any]
-    """`estimate`, `low`, `high` and the `method` that gave them."""
+    """`estimate`, `low`, `high` (None where there is no upper limit) and the `method`."""
     features_per_neuron: float
     coverage: float | None
     """Share of the features that were found; None where the method cannot tell."""
@@ -81,6 +81,18 @@ class Layer:
     """Sum over latents of p ln(1/p), per neuron, p being the density."""
     identifiable: bool | None
     """Whether the features can be told apart at this load; None where the method cannot tell."""
+
+    def __str__(self) -> str:
+        low, high = self.n_features["low"], self.n_features["high"]
+        number = (
+            f"at least {low:,.0f} features"
+            if high is None
+            else f"{self.n_features['estimate']:,.0f} features ({low:,.0f} to {high:,.0f})"
+        )
+        return (
+            f"{self.hook_name}: {number}, {self.features_per_neuron:.2f} per neuron, 2 x load "
+            f"{2 * self.load:.2f}; by {self.n_features['method']}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +136,7 @@ class Report:
                     f"{row.layer_profile['reuse']:.2f} of {len(row.fvu_by_hook or ())} hooks, and "
                     f"spread over {row.layer_profile['effective_layers']:.2f}."
                 )
+        lines += [str(layer) for layer in self.layers if layer.coverage is not None]
         lines.append(
             "alive: fired at least once on these tokens; per neuron: alive / neurons of the layer; "
             "eff.: effective features."

@@ -244,7 +244,7 @@ def _conclusion(
         )
     if last.n_features > 0.9 * last.d_sae:
         reasons.append(
-            f"{last.n_features} features fill {last.d_sae} atoms: give larger expansion_factors to see more."
+            f"{last.n_features} features fill {last.d_sae} atoms: give larger expansion_factors."
         )
     identifiable = not reasons
     densities = code_densities(last.directions, last.offset, held_out, last.picks)
