@@ -14,7 +14,8 @@ it. Each of the `--processes` has one thread.
 - shared_energy, n_strict, chao2, half: what it was made of.
 - recall: share of the features that a counted direction has a cosine of at least 0.9 with.
 - sae_*: what BatchTopK SAEs with twice as many latents as features count, after four times as
-  many rows; they are told how many features there are and how many are on.
+  many rows; they are told how many features there are and how many are on. Empty but for
+  independent features of equal density, the ones in the map.
 - seconds: of the count, and of the SAEs.
 """
 
@@ -39,6 +40,17 @@ CORRELATION = 0.3
 CHILDREN = 0.5
 SAE_ROWS = 4
 """Rows that SAEs learn from, over those of the count."""
+SAE_COLUMNS = (
+    "alive",
+    "effective",
+    "stable",
+    "distinct",
+    "chao2",
+    "coverage",
+    "fvu",
+    "recall",
+    "seconds",
+)
 
 
 @dataclass
@@ -49,7 +61,7 @@ class Options:
     """Features per neuron."""
     densities: tuple[float, ...] = (0.003, 0.01, 0.03)
     seeds: tuple[int, ...] = (0,)
-    rows_at_32: int = 600_000
+    rows_at_32: int = 500_000
     """Rows of the last fits in 32 dimensions; more in proportion to the width's square root."""
     fast: bool = False
     """A dozen cells, in less than ten minutes on two cores."""
@@ -152,7 +164,10 @@ def counted(cell: Cell, options: Options) -> dict[str, Any]:
         "recall": round(recall(count.directions, truth.directions), 4),
         "seconds": round(seconds, 1),
     }
-    return row | (sae_columns(truth, stream, n_rows) if options.saes else {})
+    saes = dict.fromkeys(SAE_COLUMNS, "")
+    if options.saes and (cell.distribution, cell.structure) == ("constant", "independent"):
+        saes = sae_columns(truth, stream, n_rows)
+    return row | {f"sae_{name}": value for name, value in saes.items()}
 
 
 def sae_columns(
@@ -172,17 +187,18 @@ def sae_columns(
     )
     (counts,) = sf.sae_counts(bank, stream, n_tokens=30_000, progress=False)
     first = next(iter(bank.values()))
-    return {
-        "sae_alive": round(sum(counts.alive.per_seed) / 3),
-        "sae_effective": round(sum(counts.effective) / 3),
-        "sae_stable": counts.alive.n_stable,
-        "sae_distinct": counts.distinct.n_stable,
-        "sae_chao2": round(counts.distinct.chao2),
-        "sae_coverage": round(counts.distinct.coverage or 0, 4),
-        "sae_fvu": round(sum(counts.fvu) / 3, 4),
-        "sae_recall": round(recall(first.W_dec, truth.directions), 4),
-        "sae_seconds": round(time.perf_counter() - start, 1),
-    }
+    values = (
+        round(sum(counts.alive.per_seed) / 3),
+        round(sum(counts.effective) / 3),
+        counts.alive.n_stable,
+        counts.distinct.n_stable,
+        round(counts.distinct.chao2),
+        round(counts.distinct.coverage or 0, 4),
+        round(sum(counts.fvu) / 3, 4),
+        round(recall(first.W_dec, truth.directions), 4),
+        round(time.perf_counter() - start, 1),
+    )
+    return dict(zip(SAE_COLUMNS, values, strict=True))
 
 
 def recall(found: torch.Tensor, true: torch.Tensor) -> float:

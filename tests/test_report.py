@@ -77,17 +77,68 @@ def test_an_exact_dictionary_leaves_no_variance_and_one_latent_leaves_what_it_mu
     assert report.rows[1].explained_variance == pytest.approx(1 - float(rest), rel=1e-6)
 
 
-def test_a_layer_gathers_its_seeds_and_states_its_method(report, stream):
+def test_a_layer_with_two_seeds_has_what_they_share(report, stream):
     (layer,) = report.layers
-    assert layer.n_features["low"] == 1
-    assert layer.n_features["high"] == 3
-    assert layer.n_features["estimate"] == 2
-    assert "not a count of features" in layer.n_features["method"]
-    assert layer.coverage is None
-    assert layer.identifiable is None
+    # Three latents are alive in the one, and one of these in the other.
+    assert layer.n_features["estimate"] == layer.n_features["low"] == 1
+    assert layer.coverage == pytest.approx(1 - 2 / 4)
+    assert layer.identifiable is False
+    assert layer.n_features["high"] is None
+    assert "two of 2 seeds" in layer.n_features["method"]
     density = torch.cat([batch["a"] for batch in stream.held_out_batches()]).gt(0).double().mean(0)
     loads = [torch.special.entr(density).sum() / 4, 0.0]  # the lone latent is always on: ln 1 = 0
     assert layer.load == pytest.approx(float(sum(loads) / 2))
+    assert "at least 1 features" in str(report)
+
+
+def test_a_layer_with_one_seed_has_alive_latents_and_says_that_they_are_no_count(stream):
+    bank = sf.Bank({("a", 1.0, 0): identity_dictionary(4), ("a", 2.0, 0): identity_dictionary(4)})
+    (layer,) = sf.measure(bank, stream, n_tokens=40).layers
+    assert layer.n_features["estimate"] == 3
+    assert "not a count of features" in layer.n_features["method"]
+    assert layer.coverage is None
+    assert layer.identifiable is None
+
+
+def feature_count(hook_name="a", **changes):
+    facts = {
+        "hook_name": hook_name,
+        "n_neurons": 4,
+        "estimate": 6.0,
+        "low": 5.0,
+        "high": 8.0,
+        "coverage": 0.97,
+        "identifiable": True,
+        "reasons": (),
+        "load": 0.2,
+        "n_tokens": 1000,
+        "seeds": (0, 1, 2),
+        "steps": (),
+        "directions": torch.eye(4),
+        "densities": torch.full((4,), 0.1),
+    }
+    return sf.FeatureCount(**facts | changes)
+
+
+def test_a_layer_that_was_counted_has_its_count_in_the_report(stream, tmp_path):
+    bank = sf.Bank({("a", 1.0, 0): identity_dictionary(4)})
+    report = sf.measure(bank, stream, n_tokens=40, counts=[feature_count()])
+    (layer,) = report.layers
+    assert (layer.n_features["low"], layer.n_features["high"]) == (5.0, 8.0)
+    assert layer.features_per_neuron == 1.5
+    assert (layer.coverage, layer.load, layer.identifiable) == (0.97, 0.2, True)
+    assert "6 features (5 to 8), 1.50 per neuron" in str(report)
+    beyond = feature_count(identifiable=False, high=float("inf"))
+    folder = sf.measure(bank, stream, n_tokens=40, counts=[beyond]).save(tmp_path / "report")
+    text = (folder / "report.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["layers"][0]["n_features"]["high"] is None
+
+
+def test_counts_of_other_hooks_are_refused(stream):
+    bank = sf.Bank({("a", 1.0, 0): identity_dictionary(4)})
+    for counts in ([feature_count("b")], [feature_count(), feature_count()]):
+        with pytest.raises(ValueError, match="counts must be of hooks of the bank"):
+            sf.measure(bank, stream, n_tokens=40, counts=counts)
 
 
 def test_a_saved_report_loads_equal(report, tmp_path):

@@ -26,8 +26,8 @@ STRICT = 0.95
 """The same, where doubt counts against a feature."""
 COMBINED = 0.95
 """Cosine from which an atom is a combination of others; higher where chance reaches this."""
-BY_CHANCE = 0.01
-"""Most combinations of a random direction that are expected by chance."""
+BY_CHANCE = 0.1
+"""Most combinations that are expected by chance among as many random directions."""
 PARTS = 3
 """Of a combination."""
 WEAK = 0.5
@@ -177,9 +177,10 @@ def _unexplained(n_parts: int, d_in: int) -> float:
     distribution, and there are n (n - 1) (n - 2) / 6 threes among n: from d = 32 on they never
     come near by chance, in 8 dimensions they do.
     """
-    if n_parts <= PARTS or d_in <= PARTS:
+    if n_parts < PARTS or d_in <= PARTS:
         return 0.0
-    by_chance = betaincinv((d_in - PARTS) / 2, PARTS / 2, min(1, BY_CHANCE / comb(n_parts, PARTS)))
+    share = min(1, BY_CHANCE / (n_parts * comb(n_parts, PARTS)))
+    by_chance = betaincinv((d_in - PARTS) / 2, PARTS / 2, share)
     return float(min(1 - COMBINED**2, by_chance))
 
 
