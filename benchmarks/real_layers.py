@@ -31,9 +31,10 @@ class Options:
     out: Path = Path("real_layers.csv")
     stores: Path = Path("stores")
     """Where activations are kept: 3 GB a model at the defaults."""
+    models: tuple[str, ...] = ("smollm2-135m", "random")
     layers: tuple[int, ...] = (3, 9, 15)
     tokens: int = 1_000_000
-    picks: tuple[int, ...] = (1, 2, 4, 8)
+    picks: tuple[int, ...] = (2, 4, 8)
     expansion_factors: tuple[float, ...] = (1, 2, 4)
 
 
@@ -78,7 +79,7 @@ def main(options: Options) -> None:
                 if row["stage"] == "whole"
             }
     options.stores.mkdir(parents=True, exist_ok=True)
-    for name in ("smollm2-135m", "random"):
+    for name in options.models:
         store = cache(name, options)
         for layer in options.layers:
             hook_name = f"blocks.{layer}.hook_resid_post"
