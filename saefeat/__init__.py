@@ -31,12 +31,17 @@ if TYPE_CHECKING:
     from saefeat.report.measure import measure as measure
     from saefeat.report.record import Report as Report
     from saefeat.superposition.sae_counts import sae_counts as sae_counts
+    from saefeat.superposition.universality.measure import Universality as Universality
+    from saefeat.superposition.universality.measure import universality as universality
+    from saefeat.superposition.universality.widths import AcrossWidths as AcrossWidths
+    from saefeat.superposition.universality.widths import across_widths as across_widths
     from saefeat.training.bank import Bank as Bank
     from saefeat.training.plan import Plan as Plan
     from saefeat.training.plan import plan as plan
     from saefeat.training.trainer import train as train
 
 _HOMES = {
+    "AcrossWidths": "saefeat.superposition.universality.widths",
     "ActivationStore": "saefeat.activations.store",
     "ActivationStream": "saefeat.activations.stream",
     "Bank": "saefeat.training.bank",
@@ -46,6 +51,7 @@ _HOMES = {
     "Report": "saefeat.report.record",
     "SyntheticActivations": "saefeat.activations.synthetic",
     "Tokens": "saefeat.activations.tokens",
+    "Universality": "saefeat.superposition.universality.measure",
     "StandardConfig": "saefeat.dictionaries.standard",
     "GatedConfig": "saefeat.dictionaries.gated",
     "BatchTopKConfig": "saefeat.dictionaries.batch_topk",
@@ -53,6 +59,7 @@ _HOMES = {
     "MatryoshkaConfig": "saefeat.dictionaries.matryoshka",
     "MatchingPursuitConfig": "saefeat.dictionaries.matching_pursuit",
     "TopKConfig": "saefeat.dictionaries.topk",
+    "across_widths": "saefeat.superposition.universality.widths",
     "cache_activations": "saefeat.activations.store",
     "load_dictionary": "saefeat.dictionaries.loading",
     "load_model": "saefeat.models.load",
@@ -62,6 +69,7 @@ _HOMES = {
     "read_activations": "saefeat.activations.hooks",
     "sae_counts": "saefeat.superposition.sae_counts",
     "train": "saefeat.training.trainer",
+    "universality": "saefeat.superposition.universality.measure",
 }
 """Where each public name is defined."""
 

@@ -103,7 +103,9 @@ def agreement(fits: Sequence[Fit], *, picks: int, n_rows: int) -> Agreement:
         directions=features.directions[counted],
         energy=of_group[counted],
         offset=torch.stack([fit.offset for fit in fits]).mean(0),
-        found_in=features.found_in[counted | _contenders(features.directions, of_group, counted, shared)],
+        found_in=features.found_in[
+            counted | _contenders(features.directions, of_group, counted, shared)
+        ],
         n_seeds=len(fits),
         n_strict=int((strict.found_in == len(fits)).sum()),
         n_sums=int(is_sum.sum()),

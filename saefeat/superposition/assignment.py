@@ -94,9 +94,7 @@ def assign_pairs(
             picked, lost = _by_auction(row, column, weights[members], len(rows), len(columns))
             loss += lost
         chosen[members[picked]] = True
-    return Assignment(
-        rows=left[chosen], columns=right[chosen], weights=weights[chosen], loss=loss
-    )
+    return Assignment(rows=left[chosen], columns=right[chosen], weights=weights[chosen], loss=loss)
 
 
 def _by_table(

@@ -15,8 +15,10 @@ from saefeat.superposition.universality.geometry import (
 from saefeat.superposition.universality.latent_rows import Centred, centred, rows_of_codes
 from saefeat.superposition.universality.measure import MaxCosines, Universality, universality
 from saefeat.superposition.universality.score import Estimate, Score
+from saefeat.superposition.universality.widths import AcrossWidths, across_widths
 
 __all__ = [
+    "AcrossWidths",
     "Centred",
     "Correlations",
     "Estimate",
@@ -24,6 +26,7 @@ __all__ = [
     "Score",
     "Similarity",
     "Universality",
+    "across_widths",
     "aligned_batches",
     "centred",
     "correlate",

@@ -108,7 +108,9 @@ def centred(
         matrix = (matrix - coo_array((means.ravel(), where), shape=(n, w)).tocsr()).tocsr()
         total[dense] = 0.0
     squares = np.bincount(matrix.indices, weights=matrix.data**2, minlength=w)
-    raw_squares = np.bincount(codes.indices, weights=codes.data.astype(np.float64) ** 2, minlength=w)
+    raw_squares = np.bincount(
+        codes.indices, weights=codes.data.astype(np.float64) ** 2, minlength=w
+    )
     variation = squares - total**2 / n
     varies = (firing >= least_firing) & (variation > LEAST_VARIATION * raw_squares)
     sums = total / np.sqrt(n)

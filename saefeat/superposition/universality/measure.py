@@ -3,9 +3,7 @@
 Shape letters: a and b latents of the two dictionaries, m pairs.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch

@@ -146,8 +146,7 @@ def resample(
         sums = _block_sums(*by_latent, pairs, part, blocks, token, counts)
         n_drawn = weights @ sums.n_rows
         mean_a, mean_b, aa, bb, ab = (
-            weights @ one / n_drawn[:, None]
-            for one in (sums.a, sums.b, sums.aa, sums.bb, sums.ab)
+            weights @ one / n_drawn[:, None] for one in (sums.a, sums.b, sums.aa, sums.bb, sums.ab)
         )
         variance = (aa - mean_a**2) * (bb - mean_b**2)
         varies = variance > 1e-18 * aa * bb
@@ -188,18 +187,22 @@ def _block_sums(
     n_of_token = np.asarray(counts.sum(0)).ravel()
 
     def values(one: coo_array) -> Float[np.ndarray, " entries"]:
-        return one.data.astype(np.float64)
+        return np.asarray(one.data, dtype=np.float64)
 
     def means(one: coo_array) -> Float[np.ndarray, "v p"]:
         keys = token[one.row] * shape[1] + one.col
         totals = np.bincount(keys, values(one), len(n_of_token) * shape[1])
-        return totals.reshape(-1, shape[1]) / n_of_token[:, None]
+        table: Float[np.ndarray, "v p"] = totals.reshape(-1, shape[1]) / n_of_token[:, None]
+        return table
 
     def by_block(
         one: coo_array, of_entries: Callable[[coo_array], Float[np.ndarray, " entries"]]
     ) -> Float[np.ndarray, "g p"]:
         keys = blocks[one.row] * shape[1] + one.col
-        return np.bincount(keys, of_entries(one), math.prod(shape)).reshape(shape)
+        table: Float[np.ndarray, "g p"] = np.bincount(
+            keys, of_entries(one), math.prod(shape)
+        ).reshape(shape)
+        return table
 
     def times(table: Float[np.ndarray, "v p"]) -> Callable[[coo_array], Float[np.ndarray, " _"]]:
         return lambda one: values(one) * table[token[one.row], one.col]
