@@ -13,7 +13,7 @@ from saefeat.kernels.compiled import compiled, share_rows
 KEPT_AT_ONCE = 1 << 20
 """Pairs that a thread keeps before they are put aside: 16 MB."""
 
-Compressed = tuple[Int[np.ndarray, " _"], Int[np.ndarray, " nnz"], Float[np.ndarray, " nnz"]]
+Compressed = tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"], Float[np.ndarray, " _"]]
 """Offsets, indices and values of a matrix in compressed columns or rows."""
 
 

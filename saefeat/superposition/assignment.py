@@ -86,13 +86,12 @@ def assign_pairs(
         rows, row = left[members].unique(return_inverse=True)
         columns, column = right[members].unique(return_inverse=True)
         size = max(len(rows), len(columns))
-        if size <= DENSE_UP_TO:
-            picked = _by_table(row, column, weights[members], len(rows), len(columns))
-        elif exact_up_to is None or size <= exact_up_to:
-            picked = _by_list(row, column, weights[members], len(rows), len(columns))
-        else:
-            picked, lost = _by_auction(row, column, weights[members], len(rows), len(columns))
+        problem = row, column, weights[members], len(rows), len(columns)
+        if exact_up_to is not None and size > exact_up_to:
+            picked, lost = _by_auction(*problem)
             loss += lost
+        else:
+            picked = _by_table(*problem) if size <= DENSE_UP_TO else _by_list(*problem)
         chosen[members[picked]] = True
     return Assignment(rows=left[chosen], columns=right[chosen], weights=weights[chosen], loss=loss)
 
