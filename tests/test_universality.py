@@ -199,7 +199,7 @@ def test_the_auction_loses_no_more_than_it_says_and_little(
     near = assign_pairs(left, right, weights, *shape, exact_up_to=10)
     assert len(near.rows.unique()) == len(near.rows) == len(near.columns.unique())
     lost = float(exact.weights.sum() - near.weights.sum())
-    assert 0 <= lost + 1e-9
+    assert lost >= -1e-9
     assert lost <= near.loss + 1e-9
     assert near.loss <= 0.001 * len(near.rows) + 1e-9
     assert not near.is_exact
@@ -497,19 +497,14 @@ def test_rows_of_two_models_are_the_same_tokens_also_where_one_leaves_outliers_o
     # Of 1.03 medians and above everything is an outlier: a third of the rows goes.
     whole = held_out(llama, ids, max_norm_ratio=None)
     partial = held_out(llama, ids, max_norm_ratio=1.05, contexts_per_forward=3)
-    expected = {}
-    numbers = iter(range(20))
-    for batch in whole.held_out_batches(with_tokens=True):
-        for x, position in zip(batch[HOOK], batch["positions"].tolist(), strict=True):
-            context = next(numbers) if position == 0 else context  # noqa: F821
-            expected[context, position] = x
+    every = torch.cat([batch[HOOK] for batch in whole.held_out_batches()]).view(20, 16, WIDTH)
     n_rows = 0
     for (a, b), known in aligned_batches([whole, partial], 10_000):
         torch.testing.assert_close(a[HOOK], b[HOOK], atol=1e-4, rtol=1e-4)
         assert torch.equal(a["token_ids"], b["token_ids"])
         keys = zip(known["contexts"].tolist(), known["positions"].tolist(), strict=True)
         for x, key in zip(a[HOOK], keys, strict=True):
-            assert torch.equal(x, expected[key])
+            assert torch.equal(x, every[key])
         n_rows += len(a[HOOK])
     n_partial = sum(len(batch[HOOK]) for batch in partial.held_out_batches())
     assert n_rows == n_partial

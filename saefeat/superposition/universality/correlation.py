@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.sparse import csr_array
 from torch import Tensor
 
@@ -18,6 +18,8 @@ from saefeat.superposition.universality.latent_rows import Centred
 
 ABOVE = 0.5
 """Correlation from which a latent counts as found in the other dictionary."""
+LEAST = 0.1
+"""Correlation from which two latents may be paired."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,10 +62,20 @@ class Correlations:
         return means[0], means[1]
 
 
-def correlate(
-    a: Centred, b: Centred, *, least: float = 0.1, exact_up_to: int | None = EXACT_UP_TO
-) -> Correlations:
-    """Correlate all latents of two dictionaries, and assign them one to one.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorrelatedPairs:
+    """All pairs of latents from some correlation on, and the largest correlation of each latent."""
+
+    left: Int[Tensor, " m"]
+    right: Int[Tensor, " m"]
+    correlations: Float[Tensor, " m"]
+    largest_a: Float[Tensor, " a"]
+    """See `Correlations`."""
+    largest_b: Float[Tensor, " b"]
+
+
+def correlated_pairs(a: Centred, b: Centred, *, least: float = LEAST) -> CorrelatedPairs:
+    """Correlate all latents of two dictionaries, and keep what is large.
 
     All correlations are exact: a sparse product of the codes gives sum_t f_i g_j for each pair that
     is ever on together, one latent i at a time, so that no table of pairs or of rows is held.
@@ -72,8 +84,7 @@ def correlate(
     Args:
         a: Codes of the first dictionary.
         b: Those of the second on the same rows, centred in the same way.
-        least: Pairs with at least this correlation, above 0, are assigned.
-        exact_up_to: See `assign_pairs`.
+        least: Pairs with at least this correlation, above 0, are kept.
 
     Raises:
         ValueError: The rows differ in number, or `least` is out of range.
@@ -95,18 +106,42 @@ def correlate(
         (a.scales, b.scales),
         least,
     )
+    return CorrelatedPairs(
+        left=torch.from_numpy(left).long(),
+        right=torch.from_numpy(right).long(),
+        correlations=torch.from_numpy(products).clamp_(max=1),
+        largest_a=_counted(largest_a, a),
+        largest_b=_counted(largest_b, b),
+    )
+
+
+def correlate(
+    a: Centred, b: Centred, *, least: float = LEAST, exact_up_to: int | None = EXACT_UP_TO
+) -> Correlations:
+    """Correlate all latents of two dictionaries, and assign them one to one.
+
+    Args:
+        a: Codes of the first dictionary.
+        b: Those of the second on the same rows, centred in the same way.
+        least: Pairs with at least this correlation, above 0, are assigned.
+        exact_up_to: See `assign_pairs`.
+
+    Raises:
+        ValueError: As for `correlated_pairs`.
+    """
+    found = correlated_pairs(a, b, least=least)
     pairs = assign_pairs(
-        torch.from_numpy(left).long(),
-        torch.from_numpy(right).long(),
-        torch.from_numpy(products).clamp_(max=1),
+        found.left,
+        found.right,
+        found.correlations,
         len(a.scales),
         len(b.scales),
         exact_up_to=exact_up_to,
     )
     return Correlations(
         pairs=pairs,
-        largest_a=_counted(largest_a, a),
-        largest_b=_counted(largest_b, b),
+        largest_a=found.largest_a,
+        largest_b=found.largest_b,
         n_counted=(a.n_counted, b.n_counted),
     )
 

@@ -113,7 +113,7 @@ class Similarity:
     """Pairs that it was measured on."""
 
 
-def svcca(x: Float[Tensor, "k d"], y: Float[Tensor, "k e"], *, variance: float = 0.99) -> float:
+def svcca(x: Float[Tensor, "k d"], y: Float[Tensor, "_ e"], *, variance: float = 0.99) -> float:
     """Mean canonical correlation of two sets of matched rows (Raghu et al. 2017, SVCCA).
 
     Both are centred and brought to the principal axes that hold `variance` of their variance, and
@@ -128,7 +128,7 @@ def svcca(x: Float[Tensor, "k d"], y: Float[Tensor, "k e"], *, variance: float =
     return float(torch.linalg.svdvals(left.T @ right).clamp(max=1).mean())
 
 
-def rsa(x: Float[Tensor, "k d"], y: Float[Tensor, "k e"]) -> float:
+def rsa(x: Float[Tensor, "k d"], y: Float[Tensor, "_ e"]) -> float:
     """Spearman correlation of the cosines within one set of rows and those within the other.
 
     Representational similarity analysis (Kriegeskorte et al. 2008), on cosines. 1 where one is a
@@ -143,7 +143,7 @@ def rsa(x: Float[Tensor, "k d"], y: Float[Tensor, "k e"]) -> float:
 
 def matched_svcca(
     x: Float[Tensor, "k d"],
-    y: Float[Tensor, "k e"],
+    y: Float[Tensor, "_ e"],
     *,
     variance: float = 0.99,
     n_permutations: int = 20,
@@ -160,7 +160,7 @@ def matched_svcca(
 
 def matched_rsa(
     x: Float[Tensor, "k d"],
-    y: Float[Tensor, "k e"],
+    y: Float[Tensor, "_ e"],
     *,
     n_permutations: int = 20,
     seed: int = 0,

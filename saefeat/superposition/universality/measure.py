@@ -17,7 +17,12 @@ from saefeat.activations.stream import ActivationStream
 from saefeat.dictionaries.base import Dictionary
 from saefeat.kernels.codes import Codes
 from saefeat.superposition.universality.aligned import CONTEXTS, aligned_batches
-from saefeat.superposition.universality.correlation import ABOVE, Correlations, correlate
+from saefeat.superposition.universality.correlation import (
+    ABOVE,
+    LEAST,
+    Correlations,
+    correlate,
+)
 from saefeat.superposition.universality.geometry import (
     Similarity,
     matched_rsa,
@@ -136,7 +141,7 @@ def universality(
     random: Reader | None = None,
     n_tokens: int = 100_000,
     least_firing: int = 10,
-    least_correlation: float = 0.1,
+    least_correlation: float = LEAST,
     n_resamples: int = 1000,
     seed: int = 0,
     progress: bool = True,
