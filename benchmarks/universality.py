@@ -157,12 +157,12 @@ def made_codes(
         return names[np.minimum(ranks.astype(np.int32), width) - 1]
 
     def codes(latents: np.ndarray, values: np.ndarray) -> csr_array:
-        # A latent that was drawn twice in a row is on once, twice as strongly.
+        # A latent that was drawn twice for a token is on once, twice as strongly.
+        offsets = np.arange(0, n * k + 1, k, dtype=np.int32)
         made = csr_array((values.ravel(), latents.ravel(), offsets), shape=(n, width))
         made.sum_duplicates()
         return made
 
-    offsets = np.arange(0, n * k + 1, k, dtype=np.int32)
     latents, values = drawn(), 0.5 + generator.random((n, k), dtype=np.float32)
     kept = generator.random((n, k), dtype=np.float32) < shared
     others = np.where(kept, copies[latents], drawn())

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from saefeat.report.measure import measure as measure
     from saefeat.report.record import Report as Report
     from saefeat.superposition.sae_counts import sae_counts as sae_counts
-    from saefeat.superposition.universality.measure import Universality as Universality
     from saefeat.superposition.universality.measure import universality as universality
+    from saefeat.superposition.universality.result import Universality as Universality
     from saefeat.superposition.universality.widths import AcrossWidths as AcrossWidths
     from saefeat.superposition.universality.widths import across_widths as across_widths
     from saefeat.training.bank import Bank as Bank
@@ -51,7 +51,7 @@ _HOMES = {
     "Report": "saefeat.report.record",
     "SyntheticActivations": "saefeat.activations.synthetic",
     "Tokens": "saefeat.activations.tokens",
-    "Universality": "saefeat.superposition.universality.measure",
+    "Universality": "saefeat.superposition.universality.result",
     "StandardConfig": "saefeat.dictionaries.standard",
     "GatedConfig": "saefeat.dictionaries.gated",
     "BatchTopKConfig": "saefeat.dictionaries.batch_topk",

@@ -56,13 +56,14 @@ def prepared(dense: Tensor, tokens: np.ndarray | None = None, least_firing: int 
     return centred(codes, least_firing=least_firing, tokens=tokens)
 
 
-def dictionary(rows: Tensor, hook_name: str) -> Standard:
-    """f = ReLU(rows @ x)."""
+def dictionary(rows: Tensor, hook_name: str, threshold: float = 0.1) -> Standard:
+    """f = ReLU(rows @ x - threshold); without one, rounding puts latents on."""
     w, d = rows.shape
     made = Standard(sf.StandardConfig(), d, w, Origin(hook_name=hook_name))
     with torch.no_grad():
         made.W_dec.copy_(rows)
         made.encoder.copy_(rows)
+        made.b_enc.fill_(-threshold)
     return made
 
 
@@ -147,6 +148,16 @@ def test_rare_latents_are_not_counted(generator: torch.Generator) -> None:
     assert found.pairs.rows.tolist() == [0, 1, 2, 4]
 
 
+def test_codes_are_kept_without_their_zeros_and_not_changed() -> None:
+    latents = torch.tensor([[2, 0], [1, 2]], dtype=torch.int32)
+    codes = Codes.from_rows(latents, torch.tensor([[0.0, 1.0], [0.0, 3.0]]), 4)
+    kept = rows_of_codes([codes, codes])
+    assert kept.nnz == 4
+    np.testing.assert_array_equal(kept.toarray(), codes.to_dense().repeat(2, 1))
+    assert codes.values.tolist() == [0, 1, 0, 3]
+    assert codes.latents.tolist() == [2, 0, 1, 2]
+
+
 def test_codes_that_cannot_be_correlated_are_refused() -> None:
     with pytest.raises(ValueError, match="no batch was given"):
         rows_of_codes([])
@@ -201,7 +212,7 @@ def test_the_auction_loses_no_more_than_it_says_and_little(
     lost = float(exact.weights.sum() - near.weights.sum())
     assert lost >= -1e-9
     assert lost <= near.loss + 1e-9
-    assert near.loss <= 0.001 * len(near.rows) + 1e-9
+    assert near.loss <= 0.0001 * len(near.rows) + 1e-9
     assert not near.is_exact
 
 
@@ -477,6 +488,18 @@ def test_options_and_hooks_that_do_not_fit_are_refused(models: Any) -> None:
         sf.universality((own, stream), (own, other), progress=False)
 
 
+def test_codes_that_will_not_fit_are_refused_after_the_first_batch(
+    models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = "saefeat.superposition.universality.measure.available_host_bytes"
+    # 10,000 held-out rows of about 4.8 latents, 32 bytes kept and 80 more while correlating.
+    monkeypatch.setattr(place, lambda: 4_500_000)
+    with pytest.raises(ValueError, match=r"10,000 tokens would take 0.00.* 10 latents are on"):
+        sf.universality(models["a"], models["half"], progress=False)
+    monkeypatch.setattr(place, lambda: 6_000_000)
+    sf.universality(models["a"], models["half"], n_resamples=50, progress=False)
+
+
 # Rows of several streams.
 
 
@@ -541,9 +564,9 @@ def test_two_models_are_compared_on_text_with_tokens_regressed_out(llama: Any) -
     generator = torch.Generator().manual_seed(5)
     ids = token_ids(60, 16)
     decoder = directions(40, WIDTH, generator)
-    own = dictionary(decoder, HOOK), held_out(llama, ids)
-    other = dictionary(decoder.flip(0), HOOK), held_out(llama, ids)
-    far = dictionary(directions(40, WIDTH, generator), HOOK), own[1]
+    own = dictionary(decoder, HOOK, 0.0), held_out(llama, ids)
+    other = dictionary(decoder.flip(0), HOOK, 0.0), held_out(llama, ids)
+    far = dictionary(directions(40, WIDTH, generator), HOOK, 0.0), own[1]
     result = sf.universality(own, far, again=other, n_resamples=50, progress=False)
     assert [one.null_name for one in result.scores] == ["shifted", "token identity"]
     assert result.n_contexts == 30
@@ -578,7 +601,7 @@ def test_splitting_and_merging_across_widths_are_found(generator: torch.Generato
     each = [normalize(basis[i] + basis[6], dim=0) for i in (2, 3)]
     narrow = dictionary(torch.stack([basis[0], basis[1], *each, basis[4]]), "x")
     wide = dictionary(torch.stack([basis[0], *split, merged, basis[7], basis[8]]), "x")
-    thresholds = torch.tensor([0.5, 0.5, 1.0, 1.0, 0.5]), torch.full((6,), 0.5)
+    thresholds = torch.tensor([0.4, 0.4, 0.9, 0.9, 0.4]), torch.full((6,), 0.4)
     with torch.no_grad():
         narrow.b_enc -= thresholds[0]
         wide.b_enc -= thresholds[1]

@@ -13,7 +13,8 @@ from saefeat.superposition.universality.geometry import (
     svcca,
 )
 from saefeat.superposition.universality.latent_rows import Centred, centred, rows_of_codes
-from saefeat.superposition.universality.measure import MaxCosines, Universality, universality
+from saefeat.superposition.universality.measure import universality
+from saefeat.superposition.universality.result import MaxCosines, Universality
 from saefeat.superposition.universality.score import Estimate, Score
 from saefeat.superposition.universality.widths import AcrossWidths, across_widths
 

@@ -41,7 +41,9 @@ def rows_of_codes(batches: Sequence[Codes]) -> csr_array:
             )
         indices = codes.latents.cpu().to(torch.int32).numpy()
         offsets = codes.offsets.cpu().to(torch.int32).numpy()
-        part = csr_array((values, indices, offsets), shape=(codes.n_rows, codes.d_sae))
+        # A copy, since zeros are taken out of it in place.
+        shape = (codes.n_rows, codes.d_sae)
+        part = csr_array((values, indices, offsets), shape=shape, copy=True)
         part.eliminate_zeros()
         parts.append(part)
     return vstack(parts, format="csr")

@@ -1,30 +1,29 @@
 """`universality`: do two dictionaries, of two models, layers or seeds, find the same features?
 
-Shape letters: a and b latents of the two dictionaries, m pairs.
+Shape letters: n rows.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from scipy.sparse import csr_array, vstack
 from torch import Tensor
 from tqdm import tqdm
 
 from saefeat.activations.sources import TOKEN_IDS
 from saefeat.activations.stream import ActivationStream
+from saefeat.core.memory import available_host_bytes
 from saefeat.dictionaries.base import Dictionary
 from saefeat.kernels.codes import Codes
 from saefeat.superposition.universality.aligned import CONTEXTS, aligned_batches
 from saefeat.superposition.universality.correlation import (
-    ABOVE,
     LEAST,
     Correlations,
     correlate,
 )
 from saefeat.superposition.universality.geometry import (
-    Similarity,
     matched_rsa,
     matched_svcca,
     mmcs,
@@ -32,9 +31,9 @@ from saefeat.superposition.universality.geometry import (
     mmcs_null_like,
 )
 from saefeat.superposition.universality.latent_rows import centred, rows_of_codes
+from saefeat.superposition.universality.result import MaxCosines, Universality
 from saefeat.superposition.universality.score import (
     Resampled,
-    Score,
     context_blocks,
     draw_weights,
     resample,
@@ -43,93 +42,10 @@ from saefeat.superposition.universality.score import (
 
 Reader = tuple[Dictionary, ActivationStream]
 """A dictionary, and the stream whose activations it reads."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MaxCosines:
-    """Mean max cosine similarity of decoder rows, beside its nulls; see `geometry.mmcs`."""
-
-    a_in_b: float
-    """Over the counted latents of A, of the largest cosine with one of B."""
-    b_in_a: float
-    null: tuple[float, float]
-    """What unrelated directions give, both ways."""
-    null_like: tuple[float, float]
-    """What unrelated directions with the covariance of these give."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Universality:
-    """How far two dictionaries have the same features. `print` it."""
-
-    names: tuple[str, str]
-    """The hooks that A and B read."""
-    n_tokens: int
-    """Rows, the same for all dictionaries."""
-    n_contexts: int
-    d_sae: tuple[int, int]
-    n_counted: tuple[int, int]
-    """Latents that were on in `least_firing` rows at least, and vary."""
-    least_firing: int
-    least_correlation: float
-    """Pairs below this were not made, and count as 0."""
-    rows: Int[Tensor, " m"] = field(repr=False)
-    """The latent of A of each pair of the one-to-one assignment."""
-    columns: Int[Tensor, " m"] = field(repr=False)
-    """And that of B."""
-    correlations: Float[Tensor, " m"] = field(repr=False)
-    """Their correlation."""
-    assignment_loss: float
-    """By how much the sum of correlations may be below the largest possible; 0 where exact."""
-    share_above_half: float
-    """Share of the pairs that could be made with a correlation above 0.5."""
-    mppc: tuple[float, float]
-    """Mean max correlation: of A with any of B, and of B with any of A."""
-    scores: tuple[Score, ...]
-    """U against each null: "shifted", "random model" and "token identity"."""
-    cosines: MaxCosines | None
-    """None where the dictionaries are of two widths of activations."""
-    svcca: Similarity | None
-    """Of the decoder rows of the pairs; None where fewer than 3 were made."""
-    rsa: Similarity | None
-
-    def __str__(self) -> str:
-        first = self.scores[0]
-        n_possible = min(self.n_counted)
-        loss = f", at most {self.assignment_loss:.3g} below" if self.assignment_loss else ", exact"
-        lines = [
-            f"{self.names[0]} and {self.names[1]}: {self.n_tokens:,} tokens in "
-            f"{self.n_contexts:,} contexts",
-            f"  latents counted   {self.n_counted[0]:,} of {self.d_sae[0]:,} and "
-            f"{self.n_counted[1]:,} of {self.d_sae[1]:,} (on in {self.least_firing} rows at least)",
-            f"  one to one        mean r {first.matched} of {n_possible:,}, "
-            f"{self.share_above_half:.1%} above {ABOVE}; {len(self.rows):,} pairs of "
-            f"r >= {self.least_correlation}{loss}",
-            f"  mean max r        {self.mppc[0]:.3f} and {self.mppc[1]:.3f}",
-        ]
-        for one in self.scores:
-            u = "U undefined" if one.again is not None else "no U without another seed"
-            if one.u is not None:
-                u = f"U {one.u}"
-            again = "" if one.again is None else f", another seed {one.again.value:.3f}"
-            lines.append(
-                f"  {one.null_name:<17} {u}: r {one.matched.value:.3f}, "
-                f"null {one.null.value:.3f}{again}"
-            )
-        if self.cosines is not None:
-            cosines = self.cosines
-            lines.append(
-                f"  mean max cosine   {cosines.a_in_b:.3f} and {cosines.b_in_a:.3f}, null "
-                f"{cosines.null[0]:.3f} and {cosines.null[1]:.3f}, with their covariance "
-                f"{cosines.null_like[0]:.3f} and {cosines.null_like[1]:.3f}"
-            )
-        for name, value in (("SVCCA", self.svcca), ("RSA", self.rsa)):
-            if value is not None:
-                lines.append(
-                    f"  {name:<17} {value.value:.3f}, null {value.null:.3f} "
-                    f"(p {value.p_value:.2g}, {value.n_pairs:,} pairs)"
-                )
-        return "\n".join(lines)
+KEPT_BYTES = 16
+"""Of a latent that is on in a row: its number and strength, once as they came and once joined."""
+CENTRED_BYTES = 40
+"""And of one of two dictionaries that are being correlated: by row, by latent, and once more."""
 
 
 @torch.no_grad()
@@ -173,7 +89,7 @@ def universality(
     Raises:
         KeyError: A stream lacks the hook of its dictionary.
         ValueError: Streams read other tokens (see `aligned_batches`), nothing was held out, there
-            are fewer than 10 contexts, or an option is out of range.
+            are fewer than 10 contexts, memory will not do, or an option is out of range.
     """
     if least_firing < 1 or n_tokens < 2:
         raise ValueError(
@@ -238,22 +154,40 @@ def _read(
                 f"has {', '.join(stream.hooks)}."
             )
     streams = [stream for _, stream in readers.values()]
+    n_held_out = min(stream.n_held_out_rows for stream in streams)
     codes: dict[str, list[Codes]] = {name: [] for name in readers}
     known: dict[str, list[Tensor]] = {CONTEXTS: [], TOKEN_IDS: []}
+    n_read = 0
     bar = tqdm(unit="tok", desc="encoding", disable=not progress)
     for batches, facts in aligned_batches(streams, n_tokens):
         for (name, (dictionary, _)), batch in zip(readers.items(), batches, strict=True):
             x = batch[dictionary.hook_name].to(dictionary.W_dec.device).float()
             codes[name].append(dictionary.encode(x))
+        if n_read == 0:
+            _check_memory([one[0] for one in codes.values()], min(n_tokens, n_held_out))
         for key, values in facts.items():
             if key in known:
                 known[key].append(values)
-        bar.update(len(facts[CONTEXTS]))
+        n_read += len(facts[CONTEXTS])
+        bar.update(n_read - bar.n)
     bar.close()
     matrices = {name: rows_of_codes(batches) for name, batches in codes.items()}
     contexts = torch.cat(known[CONTEXTS]).numpy()
     tokens = torch.cat(known[TOKEN_IDS]).numpy() if known[TOKEN_IDS] else None
     return matrices, contexts, tokens
+
+
+def _check_memory(first: Sequence[Codes], n_tokens: int) -> None:
+    """Refuse what will not fit, told by the codes of the first batch."""
+    entries = [len(codes.values) / codes.n_rows * n_tokens for codes in first]
+    needed = KEPT_BYTES * sum(entries) + CENTRED_BYTES * 2 * max(entries)
+    free = available_host_bytes()
+    if needed > free:
+        raise ValueError(
+            f"The codes of {n_tokens:,} tokens would take {needed / 1e9:.3g} GB of memory and "
+            f"{free / 1e9:.3g} GB are free: {sum(entries) / n_tokens:,.0f} latents are on for each "
+            "token in all dictionaries together. Lower n_tokens, or compare sparser dictionaries."
+        )
 
 
 def _shifted(codes: csr_array, contexts: Int[np.ndarray, " n"], seed: int) -> csr_array:
