@@ -79,7 +79,8 @@ def correlated_pairs(a: Centred, b: Centred, *, least: float = LEAST) -> Correla
 
     All correlations are exact: a sparse product of the codes gives sum_t f_i g_j for each pair that
     is ever on together, one latent i at a time, so that no table of pairs or of rows is held.
-    A pair that never is has a correlation of -n mean_i mean_j / ..., at most 0, and is no pair.
+    A pair that never is has a covariance of -mean_i mean_j, at most 0, and is no pair. Where token
+    means are taken off, the largest correlation of a latent is told from `least` on, and else 0.
 
     Args:
         a: Codes of the first dictionary.
@@ -94,17 +95,22 @@ def correlated_pairs(a: Centred, b: Centred, *, least: float = LEAST) -> Correla
             f"least must be above 0 and at most 1, got {least}: it is the least correlation "
             "between latents that are paired."
         )
-    if a.matrix.shape[0] != b.matrix.shape[0]:
+    n_rows = a.matrix.shape[0], b.matrix.shape[0]
+    if n_rows[0] != n_rows[1] or (a.token_sums is None) != (b.token_sums is None):
         raise ValueError(
-            f"Latents are correlated over the same rows, got {a.n_rows} and {b.n_rows} rows. "
+            f"Latents are correlated over the same rows, got {n_rows[0]} and {n_rows[1]} rows. "
             "Encode the same tokens with both, and regress tokens out of both or of neither."
         )
+    taken_off = None
+    if a.token_sums is not None and b.token_sums is not None:
+        taken_off = _arrays(a.token_sums.T.tocsr()), _arrays(b.token_sums.T.tocsr())
     (left, right, products), largest_a, largest_b = large_products(
-        _arrays(a.by_column),
-        _arrays(b.taken_off.matrix),
+        _arrays(a.matrix.T.tocsr()),
+        _arrays(b.matrix),
         (a.offsets, b.offsets),
         (a.scales, b.scales),
         least,
+        taken_off,
     )
     return CorrelatedPairs(
         left=torch.from_numpy(left).long(),

@@ -4,7 +4,7 @@ Shape letters: n rows, w latents, v kinds of token.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -59,12 +59,13 @@ class Centred:
 
     With token ids, means are those given the token: the residuals of f on the token's
     identity have the covariance sum f g - sum_v F_v G_v / n_v, with F_v the sum over the n_v rows
-    of token v. The F_v / sqrt(n_v) stand below the rows, as rows more.
+    of token v. Then codes are held as they are.
     """
 
     matrix: csr_array
-    """`[n (+ v), w]` in float64; columns that are not counted are empty."""
-    n_rows: int
+    """`[n, w]` in float64; columns that are not counted are empty."""
+    token_sums: csr_array | None
+    """F_v / sqrt(n_v), `[v, w]`; None where the means are over all rows."""
     offsets: Float[np.ndarray, " w"]
     """sum f / sqrt(n); 0 where the means are those given the token."""
     scales: Float[np.ndarray, " w"]
@@ -74,18 +75,6 @@ class Centred:
     def n_counted(self) -> int:
         """Latents that fire often enough and vary."""
         return int((self.scales > 0).sum())
-
-    @property
-    def by_column(self) -> csr_array:
-        """The matrix by latent: its transpose in compressed rows."""
-        return self.matrix.T.tocsr()
-
-    @property
-    def taken_off(self) -> "Centred":
-        """The same with token rows of the opposite sign, for the second factor of a product."""
-        matrix = self.matrix.copy()
-        matrix.data[matrix.indptr[self.n_rows] :] *= -1
-        return replace(self, matrix=matrix)
 
 
 def centred(
@@ -104,7 +93,7 @@ def centred(
     firing = np.bincount(matrix.indices, minlength=w)
     total = np.bincount(matrix.indices, weights=matrix.data, minlength=w)
     dense = (firing > SHIFTED_FROM * n).nonzero()[0]
-    if len(dense):
+    if tokens is None and len(dense):
         means = np.broadcast_to(total[dense] / n, (n, len(dense)))
         where = np.repeat(np.arange(n), len(dense)), np.tile(dense, n)
         matrix = (matrix - coo_array((means.ravel(), where), shape=(n, w)).tocsr()).tocsr()
@@ -115,20 +104,21 @@ def centred(
     )
     variation = squares - total**2 / n
     varies = (firing >= least_firing) & (variation > LEAST_VARIATION * raw_squares)
-    sums = total / np.sqrt(n)
+    sums, of_tokens = total / np.sqrt(n), None
     if tokens is not None:
         of_tokens = token_sums(matrix, tokens)
         explained = np.bincount(of_tokens.indices, weights=of_tokens.data**2, minlength=w)
         left_over = squares - explained
         varies &= left_over > LEAST_LEFT_OVER * variation
         variation, sums = left_over, np.zeros(w)
-        matrix = vstack([matrix, of_tokens], format="csr")
-    # Entries of latents that are not counted would only cost time.
-    matrix.data *= varies[matrix.indices]
-    matrix.eliminate_zeros()
+    for one in (matrix, of_tokens):
+        if one is not None:
+            # Entries of latents that are not counted would only cost time.
+            one.data *= varies[one.indices]
+            one.eliminate_zeros()
     with np.errstate(divide="ignore", invalid="ignore"):
         scales = np.where(varies, 1 / np.sqrt(variation), 0.0)
-    return Centred(matrix=matrix, n_rows=n, offsets=sums * varies, scales=scales)
+    return Centred(matrix=matrix, token_sums=of_tokens, offsets=sums * varies, scales=scales)
 
 
 def token_sums(matrix: csr_array, tokens: Int[np.ndarray, " n"]) -> csr_array:
