@@ -15,6 +15,7 @@ One row for each number of latents, measured in a process of its own:
 - auction_s, auction_lost, auction_bound: the same pairs assigned by the auction that takes over
   from the exact method beyond 16,384 latents a component: seconds, the share of the exact
   sum that it lost (empty where nothing exact was made), and the share that it said it might have.
+- resample_s: the mean correlation over 1,000 resamples of the contexts, which are of 128 tokens.
 - tokens_s: correlating with the means for each token taken off, for `kinds` kinds of token.
 - peak_mib: peak resident memory over what it was before the codes were made, up to assign_s;
   codes_mib: what the codes take; table_mib: what a table of all pairs in float32 would.
@@ -38,8 +39,13 @@ from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
 from saefeat.superposition.assignment import EXACT_UP_TO, Assignment, assign_pairs
-from saefeat.superposition.universality.correlation import CorrelatedPairs, correlated_pairs
+from saefeat.superposition.universality.correlation import (
+    CorrelatedPairs,
+    Correlations,
+    correlated_pairs,
+)
 from saefeat.superposition.universality.latent_rows import Centred, centred
+from saefeat.superposition.universality.score import context_blocks, draw_weights, resample
 
 DEVICE = torch.device("cpu")
 BATCH_ROWS = 4096
@@ -110,6 +116,15 @@ def serve(connection: Connection, options: Options, width: int, n_threads: int) 
     exact, near = (float(one.weights.sum()) for one in made)
     row["auction_lost"] = f"{(exact - near) / exact:.2e}" if made[0].is_exact else ""
     row["auction_bound"] = f"{made[1].loss / near:.2e}"
+    together = Correlations(
+        pairs=made[0],
+        largest_a=found[0].largest_a,
+        largest_b=found[0].largest_b,
+        n_counted=(ready[0].n_counted, ready[1].n_counted),
+    )
+    blocks = context_blocks(np.arange(options.n_tokens) // 128)
+    weights = draw_weights(int(blocks.max()) + 1, 1000, 0)
+    timed("resample_s", lambda: resample(together, *codes, blocks, weights))
     row["tokens_s"] = ""
     if options.kinds:
         ready.clear()

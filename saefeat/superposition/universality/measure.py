@@ -16,7 +16,6 @@ from saefeat.activations.sources import TOKEN_IDS
 from saefeat.activations.stream import ActivationStream
 from saefeat.core.memory import available_host_bytes
 from saefeat.dictionaries.base import Dictionary
-from saefeat.kernels.codes import Codes
 from saefeat.superposition.universality.aligned import CONTEXTS, aligned_batches
 from saefeat.superposition.universality.correlation import (
     LEAST,
@@ -155,14 +154,15 @@ def _read(
             )
     streams = [stream for _, stream in readers.values()]
     n_held_out = min(stream.n_held_out_rows for stream in streams)
-    codes: dict[str, list[Codes]] = {name: [] for name in readers}
+    codes: dict[str, list[csr_array]] = {name: [] for name in readers}
     known: dict[str, list[Tensor]] = {CONTEXTS: [], TOKEN_IDS: []}
     n_read = 0
     bar = tqdm(unit="tok", desc="encoding", disable=not progress)
     for batches, facts in aligned_batches(streams, n_tokens):
         for (name, (dictionary, _)), batch in zip(readers.items(), batches, strict=True):
             x = batch[dictionary.hook_name].to(dictionary.W_dec.device).float()
-            codes[name].append(dictionary.encode(x))
+            # Kept as a matrix on the host from the start, which takes half of what codes do.
+            codes[name].append(rows_of_codes([dictionary.encode(x)]))
         if n_read == 0:
             _check_memory([one[0] for one in codes.values()], min(n_tokens, n_held_out))
         for key, values in facts.items():
@@ -171,15 +171,17 @@ def _read(
         n_read += len(facts[CONTEXTS])
         bar.update(n_read - bar.n)
     bar.close()
-    matrices = {name: rows_of_codes(batches) for name, batches in codes.items()}
+    if n_read == 0:
+        raise ValueError("No held-out row is in all streams: each token is left out by one.")
+    matrices = {name: vstack(batches, format="csr") for name, batches in codes.items()}
     contexts = torch.cat(known[CONTEXTS]).numpy()
     tokens = torch.cat(known[TOKEN_IDS]).numpy() if known[TOKEN_IDS] else None
     return matrices, contexts, tokens
 
 
-def _check_memory(first: Sequence[Codes], n_tokens: int) -> None:
+def _check_memory(first: Sequence[csr_array], n_tokens: int) -> None:
     """Refuse what will not fit, told by the codes of the first batch."""
-    entries = [len(codes.values) / codes.n_rows * n_tokens for codes in first]
+    entries = [codes.nnz / codes.shape[0] * n_tokens for codes in first]
     needed = KEPT_BYTES * sum(entries) + CENTRED_BYTES * 2 * max(entries)
     free = available_host_bytes()
     if needed > free:
