@@ -36,12 +36,17 @@ if TYPE_CHECKING:
     from saefeat.superposition.counting import count_features as count_features
     from saefeat.superposition.feature_count import FeatureCount as FeatureCount
     from saefeat.superposition.sae_counts import sae_counts as sae_counts
+    from saefeat.superposition.universality.measure import universality as universality
+    from saefeat.superposition.universality.result import Universality as Universality
+    from saefeat.superposition.universality.widths import AcrossWidths as AcrossWidths
+    from saefeat.superposition.universality.widths import across_widths as across_widths
     from saefeat.training.bank import Bank as Bank
     from saefeat.training.plan import Plan as Plan
     from saefeat.training.plan import plan as plan
     from saefeat.training.trainer import train as train
 
 _HOMES = {
+    "AcrossWidths": "saefeat.superposition.universality.widths",
     "ActivationStore": "saefeat.activations.store",
     "ActivationStream": "saefeat.activations.stream",
     "Bank": "saefeat.training.bank",
@@ -52,6 +57,7 @@ _HOMES = {
     "Report": "saefeat.report.record",
     "SyntheticActivations": "saefeat.activations.synthetic",
     "Tokens": "saefeat.activations.tokens",
+    "Universality": "saefeat.superposition.universality.result",
     "StandardConfig": "saefeat.dictionaries.standard",
     "CrosscoderConfig": "saefeat.dictionaries.crosscoder",
     "L1CrosscoderConfig": "saefeat.dictionaries.crosscoder",
@@ -61,6 +67,7 @@ _HOMES = {
     "MatryoshkaConfig": "saefeat.dictionaries.matryoshka",
     "MatchingPursuitConfig": "saefeat.dictionaries.matching_pursuit",
     "TopKConfig": "saefeat.dictionaries.topk",
+    "across_widths": "saefeat.superposition.universality.widths",
     "cache_activations": "saefeat.activations.store",
     "count_features": "saefeat.superposition.counting",
     "load_dictionary": "saefeat.dictionaries.loading",
@@ -71,6 +78,7 @@ _HOMES = {
     "read_activations": "saefeat.activations.hooks",
     "sae_counts": "saefeat.superposition.sae_counts",
     "train": "saefeat.training.trainer",
+    "universality": "saefeat.superposition.universality.measure",
 }
 """Where each public name is defined."""
 

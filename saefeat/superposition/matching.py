@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from saefeat.superposition.assignment import assign_pairs
 from saefeat.superposition.directions import Pairs, check_cosine, close_pairs, unit_rows
 
 
@@ -49,7 +48,9 @@ def assign(
         )
     if at_least is not None:
         check_cosine(at_least, "at_least")
-        return _assign_admitted(*close_pairs(unit_a, unit_b, at_least), len(a), len(b))
+        near = close_pairs(unit_a, unit_b, at_least)
+        made = assign_pairs(*near, len(a), len(b), exact_up_to=None)
+        return made.rows, made.columns, made.weights
     kept_a, kept_b = (unit.any(1).nonzero()[:, 0] for unit in (unit_a, unit_b))
     cosines = (unit_a[kept_a] @ unit_b[kept_b].T).clamp_(-1, 1)
     rows, columns = linear_sum_assignment(cosines.numpy(), maximize=True)
@@ -189,34 +190,6 @@ def near_duplicates(rows: Float[Tensor, "n d"], cosine: float = 0.9) -> Bool[Ten
     near = torch.zeros(len(rows), dtype=torch.bool)
     near[left[left != right]] = True
     return near
-
-
-def _assign_admitted(
-    left: Int[Tensor, " n"],
-    right: Int[Tensor, " n"],
-    cosines: Float[Tensor, " n"],
-    n_a: int,
-    n_b: int,
-) -> Pairs:
-    """The matching of largest summed cosine within a list of pairs, one component at a time."""
-    edges = coo_array((cosines.numpy(), (left.numpy(), right.numpy() + n_a)), (n_a + n_b,) * 2)
-    _, component = connected_components(edges, directed=False)
-    of_pair = torch.from_numpy(component)[left]
-    n_pairs = torch.bincount(of_pair, minlength=1)[of_pair] if len(left) else of_pair
-    chosen = n_pairs == 1
-    by_component = of_pair.argsort(stable=True)
-    by_component = by_component[~chosen[by_component]]
-    sizes = torch.unique_consecutive(of_pair[by_component], return_counts=True)[1]
-    for members in by_component.split(sizes.tolist()):
-        rows, row = left[members].unique(return_inverse=True)
-        columns, column = right[members].unique(return_inverse=True)
-        # A pair that is not admitted is worth nothing, and is left out again below.
-        worth = torch.zeros(len(rows), len(columns), dtype=torch.float64)
-        entry = torch.full((len(rows), len(columns)), -1)
-        worth[row, column], entry[row, column] = cosines[members], members
-        picked = entry[linear_sum_assignment(worth.numpy(), maximize=True)]
-        chosen[picked[picked >= 0]] = True
-    return left[chosen], right[chosen], cosines[chosen]
 
 
 def _joined(

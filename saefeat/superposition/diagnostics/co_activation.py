@@ -51,6 +51,15 @@ class CoActivation:
         self.other_firing += second.firing_counts().cpu()
         self.counts = (self.counts + left.T @ right).tocsr()
 
+    @property
+    def exchanged(self) -> "CoActivation":
+        """The same counts with the two dictionaries in each other's place."""
+        other = CoActivation(len(self.other_firing), None if self.is_within else len(self.firing))
+        other.n_rows = self.n_rows
+        other.firing, other.other_firing = self.other_firing.clone(), self.firing.clone()
+        other.counts = self.counts.T.tocsr()
+        return other
+
     def given(self, latents: Int[Tensor, " n"], others: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """P(other on | latent on) for pairs of latents; nan where the latent never fires."""
         together = torch.from_numpy(self.counts[latents.tolist(), others.tolist()]).double()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -42,6 +43,12 @@ class Splits:
     where it never fires."""
     is_split: Bool[Tensor, " w_narrow"]
     """Two children or more, of which none has most of its rows."""
+    parents: Int[Tensor, " n_pairs"]
+    """The narrow latent of each pair of parent and child, in ascending order."""
+    children: Int[Tensor, " n_pairs"]
+    """Its child, of one parent the one that is on in most of its rows first."""
+    shares: Float[Tensor, " n_pairs"]
+    """P(child on | parent on)."""
 
     @property
     def share(self) -> float:
@@ -90,17 +97,21 @@ def splits(
     n = torch.from_numpy(together.data)
     near = torch.einsum("nd,nd->n", unit_rows(narrow)[parent], unit_rows(wide)[child]) >= cosine
     kept = near & (n > 0) & (n >= within * counts.other_firing[child])
-    parent, n = parent[kept], n[kept].double()
+    parent, child, n = parent[kept], child[kept], n[kept].double()
     empty = torch.zeros(len(narrow), dtype=torch.float64)
     n_children = torch.bincount(parent, minlength=len(narrow))
     total = empty.index_add(0, parent, n)
     largest = empty.scatter_reduce(0, parent, n, "amax")
     entropy = empty.index_add(0, parent, torch.special.entr(n / total[parent]))
     firing = counts.firing.double()
+    order = torch.from_numpy(np.lexsort((child, -n, parent)))
     return Splits(
         n_children=n_children,
         effective_children=torch.where(n_children > 0, entropy.exp(), 0.0),
         largest_share=largest / firing,
         covered=total / firing,
         is_split=(n_children >= 2) & (largest < most * firing),
+        parents=parent[order],
+        children=child[order],
+        shares=(n / firing[parent])[order],
     )
