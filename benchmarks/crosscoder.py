@@ -64,6 +64,8 @@ class StepOptions:
 @dataclass
 class FeatureOptions:
     out: Path = Path("crosscoder_features.csv")
+    store: Path | None = None
+    """Stored activations (`real_layers.py` makes some) in place of a pass through the model."""
     device: str = "auto"
     layers: tuple[int, ...] = (3, 9, 15, 21, 27)
     tokens: int = 2_000_000
@@ -150,23 +152,13 @@ def compare_steps(n_layers: int, options: StepOptions) -> None:
 
 def compare_features(options: FeatureOptions) -> None:
     """Train and measure every bank, and compare those of crosscoders with the per-layer one."""
-    model = sf.load_model("smollm2-135m", device=options.device)
-    n_needed = options.tokens + options.held_out_tokens
-    tokens = sf.load_tokens(
-        Path(sysconfig.get_path("stdlib")),
-        tokenizer=model.tokenizer,
-        context_size=128,
-        max_tokens=int(1.2 * n_needed) + 256,
-        pattern="**/*.py",
-        held_out_fraction=1.1 * options.held_out_tokens / (1.2 * n_needed),
-    )
-    stream = sf.ActivationStream.from_model(
-        model,
-        tokens,
-        [f"blocks.{layer}.hook_resid_post" for layer in options.layers],
-        batch_size=options.batch,
-        seed=options.seed,
-    )
+    hooks = [f"blocks.{layer}.hook_resid_post" for layer in options.layers]
+    if options.store is None:
+        stream = model_stream(hooks, options)
+    else:
+        stream = sf.ActivationStream.from_store(
+            options.store, hooks=hooks, batch_size=options.batch, seed=options.seed
+        )
     per_layer = measured(stream, sf.BatchTopKConfig(k=options.k), options.width, options)
     write(options, "per layer", options.width, options.k, per_layer)
     for width in options.widths:
@@ -180,6 +172,23 @@ def compare_features(options: FeatureOptions) -> None:
             print(f"No two of --ks {options.ks} enclose FVU {per_layer.fvu:.4f} at width {width}.")
         else:
             write(options, "at equal FVU", width, "", equal, per_layer)
+
+
+def model_stream(hooks: list[str], options: FeatureOptions) -> sf.ActivationStream:
+    """The activations of SmolLM2 on the standard library's sources."""
+    model = sf.load_model("smollm2-135m", device=options.device)
+    n_needed = options.tokens + options.held_out_tokens
+    tokens = sf.load_tokens(
+        Path(sysconfig.get_path("stdlib")),
+        tokenizer=model.tokenizer,
+        context_size=128,
+        max_tokens=int(1.2 * n_needed) + 256,
+        pattern="**/*.py",
+        held_out_fraction=1.1 * options.held_out_tokens / (1.2 * n_needed),
+    )
+    return sf.ActivationStream.from_model(
+        model, tokens, hooks, batch_size=options.batch, seed=options.seed
+    )
 
 
 def measured(
