@@ -2,8 +2,9 @@
 
     python benchmarks/plot_counting.py
 
-Left the count by matching pursuit, right that of SAEs (latents that two of three seeds share, copies
-merged), on the same layers: independent features of equal density in the width with most cells.
+Left the count by matching pursuit, right that of SAEs (latents that two of three seeds share,
+copies merged), on the same layers: independent features of equal density, in the width with most
+cells.
 A cell is coloured by the error of the count, worst over noise and seeds; hatched cells are flagged
 as beyond the limit, and have a lower bound only. SAEs count as flagged where the coverage of their
 seeds is below 0.9. The line is where 2 x load is 1.
