@@ -6,6 +6,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from saefeat.superposition.agreement import Agreement
 from saefeat.superposition.sae_counts import SAECounts
 
 
@@ -32,6 +33,23 @@ class Step:
     chao2: float
     """Features with those that no start has found, as far as they can be told."""
     fvu: float
+
+    @classmethod
+    def of(cls, stage: str, one: Agreement) -> "Step":
+        """What `one` comes to."""
+        return cls(
+            stage=stage,
+            d_sae=one.d_sae,
+            picks=one.picks,
+            n_tokens=one.n_rows,
+            n_features=one.n_features,
+            n_strict=one.n_strict,
+            n_combined=one.n_combined,
+            shared_energy=one.shared_energy,
+            coverage=one.coverage,
+            chao2=one.chao2,
+            fvu=one.fvu,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,91 @@
+"""From what random starts agree on to a number, or to the word that there is none."""
+
+import math
+
+from jaxtyping import Float
+from torch import Tensor
+
+from saefeat.superposition.agreement import Agreement
+from saefeat.superposition.code_densities import code_densities
+from saefeat.superposition.feature_count import FeatureCount, Step
+from saefeat.superposition.search import COVERED
+from saefeat.superposition.theory import load
+
+MARGIN = 0.02
+"""Share of a count that its interval allows for what agrees over all starts and is wrong."""
+REPEATED = 0.75
+"""Least share of the energy of the codes that has to be found again. Copies and codes of noise
+keep it below 1."""
+FULL = 0.9
+"""Share of the atoms beyond which features fill a dictionary."""
+
+
+def conclude(
+    hook_name: str,
+    held_out: Float[Tensor, "n d_in"],
+    last: Agreement,
+    half: Agreement | None,
+    steps: tuple[Step, ...],
+    seeds: tuple[int, ...],
+) -> FeatureCount:
+    """The answer from what the last random starts agreed on, and those with half of the rows."""
+    reasons: list[str] = []
+    if last.shared_energy < REPEATED:
+        reasons.append(
+            f"Only {last.shared_energy:.0%} of the energy of the codes came back after another "
+            f"random start ({REPEATED:.0%} is needed)."
+        )
+    if last.coverage < COVERED:
+        reasons.append(
+            f"Coverage {last.coverage:.2f} is below {COVERED}: a random start finds much that the "
+            "others do not."
+        )
+    if last.n_features > FULL * last.d_sae:
+        reasons.append(
+            f"{last.n_features} features fill {last.d_sae} atoms: give larger expansion_factors."
+        )
+    identifiable = not reasons
+    densities = code_densities(last.directions, last.offset, held_out, last.picks)
+    n_neurons = held_out.shape[1]
+    # Where one start finds what others do not, some of what two share is no feature either.
+    low = (1 - MARGIN) * last.n_strict
+    estimate, high = low, math.inf
+    if identifiable and half is not None:
+        estimate, low, high = _interval(half, last, reasons)
+    return FeatureCount(
+        hook_name=hook_name,
+        n_neurons=n_neurons,
+        estimate=estimate,
+        low=low,
+        high=high,
+        coverage=last.coverage,
+        identifiable=identifiable,
+        reasons=tuple(reasons),
+        load=load(densities, n_neurons) if len(densities) else 0.0,
+        n_tokens=last.n_rows,
+        seeds=seeds,
+        steps=steps,
+        directions=last.directions,
+        densities=densities,
+    )
+
+
+def _interval(half: Agreement, last: Agreement, reasons: list[str]) -> tuple[float, float, float]:
+    """Estimate and ends.
+
+    The low end leaves out what only some starts have found or at a cosine below 0.95, the high one
+    takes in what none has, as Chao2 has it; both are MARGIN further out. A count that still rises
+    has what the last doubling of the rows brought added to its high end.
+    """
+    found = float(last.n_features)
+    estimate, low, high = found, min(found, last.n_strict), max(found, last.chao2)
+    rise = last.n_features - half.n_features
+    if rise > MARGIN * found:
+        # If each doubling of the rows brings half of what the last one brought, as much again.
+        estimate += min(rise / 2, high - found)
+        high = max(high, found + rise)
+        reasons.append(
+            f"The count still rises ({half.n_features} at half of the rows, {last.n_features} at "
+            "all): it is extrapolated, and the interval is wider. Raise n_tokens."
+        )
+    return estimate, low - MARGIN * found, high + MARGIN * found

@@ -1,0 +1,74 @@
+"""How many atoms a row may pick, and how many there are: chosen by agreement alone."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from saefeat.superposition.agreement import Agreement
+
+Compare = Callable[[int, int, int, int], Agreement]
+"""What random starts agree on, given atoms, picks, the number of starts and that of rows."""
+
+ROOM = 0.8
+"""A width is wide enough if the features fill at most this share of it."""
+LAST_WIDTH = 1.5
+"""Atoms of the last fits per feature: few, since those to spare are copies, sums and ghosts."""
+COVERED = 0.9
+"""Least coverage of a count: below, what is not found outweighs what is."""
+
+
+def choose(
+    compare: Compare, picks: Sequence[int], widths: Sequence[int], n_rows: int
+) -> tuple[list[Agreement], Agreement]:
+    """Try picks at each width, and widths until one has room or agreement falls.
+
+    Returns:
+        All that was tried, and what agreed best.
+    """
+    probes: list[Agreement] = []
+    best_of_widths: list[Agreement] = []
+    for d_sae in widths:
+        if best_of_widths and not _should_grow(best_of_widths):
+            break
+        tried: list[Agreement] = []
+        for n_picks in picks:
+            tried.append(compare(d_sae, n_picks, 2, n_rows))
+            best = max(tried, key=_agreement)
+            shares = [one.shared_energy / max(best.shared_energy, 1e-9) for one in tried[-2:]]
+            if max(shares) < 0.8 or shares[-1] < 0.5:
+                break
+        probes += tried
+        best_of_widths.append(best)
+    return probes, max(best_of_widths, key=_agreement)
+
+
+def with_room(
+    compare: Compare, best: Agreement, most: int, n_seeds: int, n_rows: int
+) -> list[Agreement]:
+    """Fit with a few atoms more than there are features, and wider until those have room.
+
+    Half as many picks again, with which there are fewer sums to leave out, are tried too. At each
+    width the one that agrees better is gone on from; the last two have the answer.
+    """
+    tried: list[Agreement] = []
+    while True:
+        d_sae = min(most, max(8, 8 * math.ceil(LAST_WIDTH * best.n_features / 8)))
+        if tried and d_sae <= best.d_sae:
+            return tried
+        more = best.picks + math.ceil(best.picks / 2)
+        last = [compare(d_sae, n_picks, n_seeds, n_rows) for n_picks in (best.picks, more)]
+        tried += last
+        best = max(last, key=_agreement)
+        if best.n_features <= ROOM * best.d_sae:
+            return tried
+
+
+def _agreement(one: Agreement) -> float:
+    return one.shared_energy
+
+
+def _should_grow(widths: list[Agreement]) -> bool:
+    last = widths[-1]
+    if last.coverage >= COVERED and last.n_features <= ROOM * last.d_sae:
+        return False
+    # Two widths more that brought no agreement: a wider dictionary will not either.
+    return len(widths) < 3 or last.shared_energy > widths[-3].shared_energy + 0.05
