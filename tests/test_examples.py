@@ -14,6 +14,7 @@ EXPECTED = {
     "02_all_layers_in_one_pass.py": "blocks.29.hook_resid_post",
     # At 1 / (1 - S) = 3.2: the median dimensionality.
     "03_toy_model_phases.py": "    3.2                     2.0",
+    "04_count_features.py": "features found at a cosine of 0.9: 96 of 96",
 }
 
 
