@@ -10,7 +10,8 @@ import saefeat as sf
 from saefeat.superposition.agreement import agreement, combinations
 from saefeat.superposition.code_densities import code_densities
 from saefeat.superposition.counting import count_features
-from saefeat.superposition.pursuit import Fit, _batches_of
+from saefeat.superposition.layer_rows import LayerRows
+from saefeat.superposition.pursuit import Fit
 
 
 def unit(rows):
@@ -177,13 +178,38 @@ def test_no_features_have_no_densities():
     assert none.shape == (0,)
 
 
-def test_batches_are_cut_anew_without_loss():
-    sizes = [5, 1, 12, 7, 3]
-    rows = torch.arange(28.0)[:, None]
-    given = ({"a": part} for part in rows.split(sizes))
-    parts = [batch["a"] for batch in _batches_of(8, given, "a")]
+@pytest.mark.parametrize("batch_size", [3, 8, 20])
+def test_batches_are_cut_anew_without_loss(batch_size):
+    x = torch.arange(1.0, 61.0)[:, None]
+    stream = sf.ActivationStream.from_tensors({"a": x}, batch_size=batch_size)
+    parts = list(LayerRows(stream, ["a"]).batches(28, 8))
     assert [len(part) for part in parts] == [8, 8, 8, 4]
-    assert torch.equal(torch.cat(parts), rows)
+    expected = torch.cat([batch["a"] for batch in stream.batches(28)])
+    assert torch.equal(torch.cat(parts), expected)
+
+
+def two_layers(shared):
+    """32 features in each of two layers of 16 neurons: the same in both, or others."""
+    truth = sf.SyntheticActivations(n_features=64, d_in=32, density=0.02, seed=0)
+    codes = truth.sample(120_000)[1].to_dense()
+    directions = random_directions(64, 16).reshape(2, 32, 16)
+    rows = {
+        f"layer {i}": 10**i * (codes[:, :32] if shared else codes[:, 32 * i : 32 * i + 32]) @ one
+        for i, one in enumerate(directions)
+    }
+    return sf.ActivationStream.from_tensors(rows, batch_size=512)
+
+
+@pytest.mark.parametrize(("shared", "n_features"), [(True, 32), (False, 64)])
+def test_layers_are_counted_jointly(shared, n_features):
+    stream = two_layers(shared)
+    both = count_features(stream, hook_name=stream.hooks, n_tokens=100_000, **FEW)
+    one = count_features(stream, hook_name="layer 1", n_tokens=100_000, **FEW)
+    assert (both.hook_name, both.n_neurons) == ("layer 0+layer 1", 32)
+    assert both.estimate == pytest.approx(n_features, rel=0.05)
+    assert one.estimate == pytest.approx(32, rel=0.05)
+    growth = sf.metrics.feature_growth([one.estimate, both.estimate], [16, 32])
+    assert growth.slope == pytest.approx(0 if shared else 1, abs=0.1)
 
 
 def test_a_count_that_still_rises_is_extrapolated_and_wider():
@@ -221,7 +247,7 @@ def test_a_bad_option_is_one_clear_error(options, error, words):
 def test_a_stream_of_several_hooks_needs_one_named():
     x = torch.randn(2000, 8)
     stream = sf.ActivationStream.from_tensors({"a": x, "b": x}, batch_size=512)
-    with pytest.raises(ValueError, match="name it by hook_name"):
+    with pytest.raises(ValueError, match="name them by hook_name"):
         count_features(stream, n_tokens=2000)
     with pytest.raises(ValueError, match="saes=False"):
         count_features(stream, hook_name="a", n_tokens=2000)

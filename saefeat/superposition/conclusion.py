@@ -2,12 +2,10 @@
 
 import math
 
-from jaxtyping import Float
-from torch import Tensor
-
 from saefeat.superposition.agreement import Agreement
 from saefeat.superposition.code_densities import code_densities
 from saefeat.superposition.feature_count import FeatureCount, Step
+from saefeat.superposition.layer_rows import LayerRows
 from saefeat.superposition.search import COVERED
 from saefeat.superposition.theory import load
 
@@ -21,8 +19,7 @@ FULL = 0.9
 
 
 def conclude(
-    hook_name: str,
-    held_out: Float[Tensor, "n d_in"],
+    rows: LayerRows,
     last: Agreement,
     half: Agreement | None,
     steps: tuple[Step, ...],
@@ -44,24 +41,29 @@ def conclude(
         reasons.append(
             f"{last.n_features} features fill {last.d_sae} atoms: give larger expansion_factors."
         )
+    most = max(step.n_strict for step in steps)
+    if most > (1 + MARGIN) * max(last.n_features, last.chao2):
+        reasons.append(
+            f"Dictionaries of another width or number of picks agree on {most} features, these on "
+            f"{last.n_features}: the count has not settled."
+        )
     identifiable = not reasons
-    densities = code_densities(last.directions, last.offset, held_out, last.picks)
-    n_neurons = held_out.shape[1]
+    densities = code_densities(last.directions, last.offset, rows.held_out, last.picks)
     # Where one start finds what others do not, some of what two share is no feature either.
     low = (1 - MARGIN) * last.n_strict
     estimate, high = low, math.inf
     if identifiable and half is not None:
         estimate, low, high = _interval(half, last, reasons)
     return FeatureCount(
-        hook_name=hook_name,
-        n_neurons=n_neurons,
+        hook_name=rows.name,
+        n_neurons=rows.width,
         estimate=estimate,
         low=low,
         high=high,
         coverage=last.coverage,
         identifiable=identifiable,
         reasons=tuple(reasons),
-        load=load(densities, n_neurons) if len(densities) else 0.0,
+        load=load(densities, rows.width) if len(densities) else 0.0,
         n_tokens=last.n_rows,
         seeds=seeds,
         steps=steps,

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from saefeat.activations.stream import ActivationStream
 from saefeat.superposition.agreement import Agreement, agreement
 from saefeat.superposition.conclusion import conclude
 from saefeat.superposition.feature_count import FeatureCount, Step
+from saefeat.superposition.layer_rows import LayerRows
 from saefeat.superposition.pursuit import fit_pursuit
 from saefeat.superposition.sae_counts import count_recipe, sae_counts
 from saefeat.superposition.search import choose, with_room
@@ -21,7 +20,6 @@ PICKS = (1, 2, 4, 8, 16, 32)
 """Numbers of picks that are tried in turn, until agreement falls."""
 EXPANSION_FACTORS = (4, 8, 16, 32)
 """Atoms per neuron of the widths that are tried in turn, until one is wide enough."""
-HELD_OUT_ROWS = 30_000
 PROBE_ROWS = 150_000
 """Rows of a fit that only compares settings: an eighth of all, and no fewer than these."""
 HOPELESS = 0.1
@@ -32,7 +30,7 @@ def count_features(
     stream: ActivationStream,
     *,
     n_tokens: int = 2_000_000,
-    hook_name: str | None = None,
+    hook_name: str | Sequence[str] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     picks: Sequence[int] = PICKS,
     expansion_factors: Sequence[float] = EXPANSION_FACTORS,
@@ -44,11 +42,11 @@ def count_features(
 
     Dictionaries are fitted from several random starts by matching pursuit, and a feature is what
     comes back: atoms of two starts at least with a cosine of 0.9, copies merged, combinations of
-    others left out. What is chosen is chosen by agreement alone, the share of the codes' energy in
-    atoms that come back: how many atoms a row may pick (where a row may pick so many that any
-    dictionary explains it, nothing repeats), and the width, until the features fill no more than
-    0.8 of it. The last fit is as long as asked for, and one of half the length says
-    whether the count still rises.
+    others left out. What is chosen is chosen by agreement: how many atoms a row may pick by the
+    share of the codes' energy in atoms that come back (where a row may pick so many that any
+    dictionary explains it, nothing repeats), and the width by how many features come back, until
+    they fill no more than 0.8 of it. The last fit is as long as asked for, and one of half the
+    length says whether the count still rises.
 
     Few picks are what lets features be found beyond the load at which codes can be: an atom that is
     drawn to a feature averages over all rows that hold it, whatever else is on in them.
@@ -58,7 +56,8 @@ def count_features(
             model first (`cache_activations`).
         n_tokens: Rows that the last dictionaries are fitted on. The rarest feature should be on
             in a thousand of them.
-        hook_name: Which hook of the stream; needed if there are several.
+        hook_name: Which hook of the stream; needed if there are several. Several names count what
+            those layers hold jointly, each scaled to mean norm sqrt(d).
         seeds: Of the random starts, at least 2.
         picks: Numbers of picks to choose from, in ascending order.
         expansion_factors: Atoms per neuron to try, in ascending order, until there is room; the
@@ -75,21 +74,18 @@ def count_features(
         KeyError: The stream has no such hook.
         ValueError: An option is out of range, nothing was held out, or as for `train`.
     """
-    hook_name = _checked(stream, n_tokens, hook_name, seeds, picks, expansion_factors)
+    rows = LayerRows(stream, _named(stream, hook_name))
+    _check_options(n_tokens, seeds, picks, expansion_factors, rows.width)
     if saes and len(stream.hooks) > 1:
         raise ValueError(
-            "SAEs would be trained at all hooks of the stream. Make one of this hook alone, "
-            f"hooks={hook_name!r}, or pass saes=False."
+            f"SAEs would be trained at all {len(stream.hooks)} hooks of the stream. Make one of "
+            "a single hook, or pass saes=False."
         )
-    held_out = _held_out(stream, hook_name)
-    d_in = stream.widths[hook_name]
     n_probe = min(n_tokens, max(n_tokens // 8, PROBE_ROWS))
 
     def compare(d_sae: int, n_picks: int, n_starts: int, n_rows: int) -> Agreement:
         fits = fit_pursuit(
-            stream,
-            hook_name,
-            held_out,
+            rows,
             d_sae=d_sae,
             picks=n_picks,
             seeds=seeds[:n_starts],
@@ -100,24 +96,24 @@ def count_features(
         return agreement(fits, picks=n_picks, n_rows=n_rows)
 
     probes, best = choose(
-        compare, picks, [round(factor * d_in) for factor in expansion_factors], n_probe
+        compare, picks, [round(factor * rows.width) for factor in expansion_factors], n_probe
     )
     steps = [Step.of("width", one) for one in probes]
     half, last = None, best
     if best.shared_energy >= HOPELESS:
-        widest = round(expansion_factors[-1] * d_in)
+        widest = round(expansion_factors[-1] * rows.width)
         halves = with_room(compare, best, widest, len(seeds), n_tokens // 2)
         half = max(halves[-2:], key=lambda one: one.shared_energy)
         last = compare(half.d_sae, half.picks, len(seeds), n_tokens)
         steps += [*(Step.of("half", one) for one in halves), Step.of("whole", last)]
-    count = conclude(hook_name, held_out, last, half, tuple(steps), tuple(seeds))
+    count = conclude(rows, last, half, tuple(steps), tuple(seeds))
     if not saes:
         return count
-    n_features = max(count.estimate, d_in)
+    n_features = max(count.estimate, rows.width)
     bank = train(
         stream,
         count_recipe(max(1, round(float(count.densities.sum())))),
-        expansion_factors=[math.ceil(factor * n_features / d_in) for factor in (2, 4)],
+        expansion_factors=[math.ceil(factor * n_features / rows.width) for factor in (2, 4)],
         seeds=seeds,
         n_tokens=n_tokens,
         device=device,
@@ -126,23 +122,24 @@ def count_features(
     return replace(count, saes=sae_counts(bank, stream, progress=progress))
 
 
-def _checked(
-    stream: ActivationStream,
+def _named(stream: ActivationStream, hook_name: str | Sequence[str] | None) -> Sequence[str]:
+    if hook_name is not None:
+        return [hook_name] if isinstance(hook_name, str) else hook_name
+    if len(stream.hooks) > 1:
+        raise ValueError(
+            f"The stream has {len(stream.hooks)} hooks, and a count is of one, or of several "
+            f"jointly: name them by hook_name. It has {', '.join(stream.hooks)}."
+        )
+    return stream.hooks
+
+
+def _check_options(
     n_tokens: int,
-    hook_name: str | None,
     seeds: Sequence[int],
     picks: Sequence[int],
     expansion_factors: Sequence[float],
-) -> str:
-    if hook_name is None:
-        if len(stream.hooks) > 1:
-            raise ValueError(
-                f"The stream has {len(stream.hooks)} hooks, and a count is of one: name it by "
-                f"hook_name. It has {', '.join(stream.hooks)}."
-            )
-        hook_name = stream.hooks[0]
-    if hook_name not in stream.hooks:
-        raise KeyError(f"The stream has no hook {hook_name!r}; it has {', '.join(stream.hooks)}.")
+    width: int,
+) -> None:
     if n_tokens < 1000:
         raise ValueError(f"n_tokens must be at least 1,000 to count features, got {n_tokens}.")
     if len(set(seeds)) != len(seeds) or len(seeds) < 2:
@@ -152,15 +149,9 @@ def _checked(
         )
     for name, values, least in (
         ("picks", picks, 1),
-        ("expansion_factors", expansion_factors, 4 / stream.widths[hook_name]),
+        ("expansion_factors", expansion_factors, 4 / width),
     ):
         if not values or list(values) != sorted(set(values)) or values[0] < least:
             raise ValueError(
                 f"{name} must be in ascending order, each at least {least:.3g}, got {list(values)}."
             )
-    return hook_name
-
-
-def _held_out(stream: ActivationStream, hook_name: str) -> Float[Tensor, "n d_in"]:
-    rows = [batch[hook_name].cpu().float() for batch in stream.held_out_batches(HELD_OUT_ROWS)]
-    return torch.cat(rows)

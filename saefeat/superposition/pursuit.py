@@ -1,7 +1,7 @@
 """Dictionaries that matching pursuit fits from several random starts, to see what they share."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,13 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from saefeat.activations.sources import Batch
-from saefeat.activations.stream import ActivationStream
 from saefeat.core.devices import fastest_dtype, resolve_device
 from saefeat.dictionaries.base import Origin
 from saefeat.dictionaries.matching_pursuit import MatchingPursuit, MatchingPursuitConfig
 from saefeat.kernels.dispatch import choose_kernels
 from saefeat.metrics.fidelity import FidelitySums
+from saefeat.superposition.layer_rows import LayerRows
 from saefeat.training.bank_learner import BankLearner
 
 BATCH_ROWS = 512
@@ -42,9 +41,7 @@ class Fit:
 
 
 def fit_pursuit(
-    stream: ActivationStream,
-    hook_name: str,
-    held_out: Float[Tensor, "n d_in"],
+    rows: LayerRows,
     *,
     d_sae: int,
     picks: int,
@@ -56,9 +53,7 @@ def fit_pursuit(
     """Fit one dictionary from each seed on the same rows, and see how it codes held-out ones.
 
     Args:
-        stream: Where rows come from; it is read from its beginning.
-        hook_name: Which of its hooks.
-        held_out: Rows to measure on.
+        rows: What to fit to; they are read from the beginning.
         d_sae: Atoms of each dictionary.
         picks: Atoms that a row may pick.
         seeds: Of the random starts.
@@ -70,7 +65,7 @@ def fit_pursuit(
         ValueError: As for `train`.
     """
     config = MatchingPursuitConfig(k=min(picks, d_sae), tolerance=TOLERANCE)
-    d_in = stream.widths[hook_name]
+    d_in, hook_name = rows.width, rows.name
     factor = d_sae / d_in
     batch_rows = max(BATCH_ROWS, 1 << math.ceil(math.log2(ROWS_PER_ATOM * d_sae)))
     device = resolve_device(device)
@@ -91,27 +86,14 @@ def fit_pursuit(
     with tqdm(
         total=n_rows, unit="row", desc=f"{d_sae} atoms, {picks} picks", disable=not progress
     ) as bar:
-        for batch in _batches_of(batch_rows, stream.batches(n_rows), hook_name):
-            learner.step(batch)
-            bar.update(len(batch[hook_name]))
+        for x in rows.batches(n_rows, batch_rows):
+            learner.step({hook_name: x})
+            bar.update(len(x))
     return [
-        _measured(one, held_out)
+        _measured(one, rows.held_out)
         for one in learner.finish().values()
         if isinstance(one, MatchingPursuit)
     ]
-
-
-def _batches_of(n: int, batches: Iterator[Batch], hook_name: str) -> Iterator[Batch]:
-    """The rows of one hook, `n` at a time whatever the batches of the stream are."""
-    left: Tensor | None = None
-    for batch in batches:
-        rows = batch[hook_name] if left is None else torch.cat([left, batch[hook_name]])
-        n_whole = len(rows) - len(rows) % n
-        for start in range(0, n_whole, n):
-            yield {hook_name: rows[start : start + n]}
-        left = rows[n_whole:] if n_whole < len(rows) else None
-    if left is not None:
-        yield {hook_name: left}
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""How many atoms a row may pick, and how many there are: chosen by agreement alone."""
+"""How many atoms a row may pick, and how many there are: chosen by what starts agree on."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,8 +21,11 @@ def choose(
 ) -> tuple[list[Agreement], Agreement]:
     """Try picks at each width, and widths until one has room or agreement falls.
 
+    The width is not chosen by agreement: a narrow dictionary may agree well on the most frequent
+    features and know of no others. It is the one at which all starts agree on most features.
+
     Returns:
-        All that was tried, and what agreed best.
+        All that was tried, and that with most features.
     """
     probes: list[Agreement] = []
     best_of_widths: list[Agreement] = []
@@ -38,7 +41,7 @@ def choose(
                 break
         probes += tried
         best_of_widths.append(best)
-    return probes, max(best_of_widths, key=_agreement)
+    return probes, max(best_of_widths, key=lambda one: one.n_strict)
 
 
 def with_room(
@@ -70,5 +73,10 @@ def _should_grow(widths: list[Agreement]) -> bool:
     last = widths[-1]
     if last.coverage >= COVERED and last.n_features <= ROOM * last.d_sae:
         return False
-    # Two widths more that brought no agreement: a wider dictionary will not either.
-    return len(widths) < 3 or last.shared_energy > widths[-3].shared_energy + 0.05
+    # Two widths more on which starts agree no better, and on no more features: wider ones will not.
+    before = widths[-3] if len(widths) > 2 else None
+    return (
+        before is None
+        or last.shared_energy > before.shared_energy + 0.05
+        or last.n_strict > 1.2 * before.n_strict + 4
+    )
