@@ -52,7 +52,7 @@ def random_copy(folder: Path) -> Path:
 def cache(name: str, options: Options) -> Path:
     """The store of a model's activations."""
     store = options.stores / name
-    hooks = [f"blocks.{layer}.hook_resid_post" for layer in options.layers]
+    hooks = [f"blocks.{layer}.hook_resid_post" for layer in sorted(options.layers)]
     source = random_copy(options.stores / "random-model") if name == "random" else "smollm2-135m"
     model = sf.load_model(source)
     tokens = sf.load_tokens(
