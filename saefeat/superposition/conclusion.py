@@ -41,10 +41,11 @@ def conclude(
         reasons.append(
             f"{last.n_features} features fill {last.d_sae} atoms: give larger expansion_factors."
         )
-    most = max(step.n_strict for step in steps)
+    # With fewer picks there are more sums among what starts agree on.
+    most = max(step.n_strict for step in steps if step.picks >= last.picks)
     if most > (1 + MARGIN) * max(last.n_features, last.chao2):
         reasons.append(
-            f"Dictionaries of another width or number of picks agree on {most} features, these on "
+            f"Dictionaries of another width agree on {most} features, these on "
             f"{last.n_features}: the count has not settled."
         )
     identifiable = not reasons
