@@ -8,7 +8,7 @@ from typing import Any
 from saefeat.superposition.calibration_curve import (
     FLAT,
     CurvePoint,
-    interpolated,
+    range_within,
     read_off,
     spread_of,
 )
@@ -18,7 +18,7 @@ COVERED = 0.9
 """Least coverage of a count that is calibrated."""
 TOLERANCES = {"coverage": 0.05, "effective": 0.15, "fvu": 0.15}
 """How far the observed may be from the simulated at the same stable count: coverage as it is,
-e^H and FVU as a share of the simulated; or three spreads of the simulated, if that is more."""
+e^H and FVU as a share of the observed; or three spreads of the simulated, if that is more."""
 LEAST_FVU = 0.02
 """FVU that differs by less is the same."""
 
@@ -78,8 +78,8 @@ class CalibratedCount:
             )
         lines = [
             f"{seen.hook_name}: {number}",
-            f"  {seen.d_sae:,} latents, {len(seen.seeds)} seeds: {seen.distinct.n_stable:,} found in "
-            f"two, coverage {seen.distinct.coverage or 0:.3f}, e^H {_mean(seen.effective):,.0f}, "
+            f"  {seen.d_sae:,} latents, {len(seen.seeds)} seeds: {seen.distinct.n_stable:,} found "
+            f"in two, coverage {seen.distinct.coverage or 0:.3f}, e^H {_mean(seen.effective):,.0f}, "
             f"FVU {_mean(seen.fvu):.3f}",
             *(f"  {reason}" for reason in self.reasons),
         ]
@@ -143,15 +143,16 @@ def conclude(
                 f"{stable:,} found is not for certain below the most that dictionaries find in "
                 f"layers of {first:,} to {last:,} features."
             )
-        if reading.falls_to is not None and not differences(observed, curve, reading.falls_to):
+        again = reading.falls_to
+        if again is not None and not differences(observed, curve, again, again):
             reasons.append(
-                f"A layer of {reading.falls_to:,.0f} features, past the peak of the curve, would "
-                "give the same."
+                f"A layer of {again:,.0f} features, past the peak of the curve, would give the "
+                "same."
             )
-        unlike = differences(observed, curve, min(max(estimate, first), last))
+        unlike = differences(observed, curve, low, high)
         if unlike:
             reasons.append(
-                "The simulations do not look like the layer: where they count as many features, "
+                "The simulations do not look like the layer: where they find as many features, "
                 f"{'; '.join(unlike)}."
             )
             low = min(low, float(stable))
@@ -183,20 +184,22 @@ def why_untrusted(observed: SAECounts) -> list[str]:
     return []
 
 
-def differences(observed: SAECounts, curve: Sequence[CurvePoint], n_features: float) -> list[str]:
-    """In what the observed differs from simulated layers of an n, beyond the tolerances."""
+def differences(
+    observed: SAECounts, curve: Sequence[CurvePoint], low: float, high: float
+) -> list[str]:
+    """In what the observed differs, beyond the tolerances, from all layers of an interval of n."""
     found = []
     for name, label, value in (
         ("coverage", "coverage", observed.distinct.coverage or 0.0),
         ("effective", "e^H", _mean(observed.effective)),
         ("fvu", "FVU", _mean(observed.fvu)),
     ):
-        simulated = interpolated(curve, name, n_features)
-        allowed = TOLERANCES[name] * (1 if name == "coverage" else simulated)
-        if name == "fvu":
-            allowed = max(allowed, LEAST_FVU)
-        if abs(value - simulated) > max(allowed, 3 * spread_of(curve, name)):
-            found.append(f"{label} is {simulated:.3g}, and {value:.3g} was observed")
+        least, most = range_within(curve, name, low, high)
+        share = TOLERANCES[name]
+        allowed = {"coverage": share, "fvu": max(share * value, LEAST_FVU)}.get(name, share * value)
+        allowed = max(allowed, 3 * spread_of(curve, name))
+        if not least - allowed <= value <= most + allowed:
+            found.append(f"{label} is {least:.3g} to {most:.3g}, and {value:.3g} was observed")
     return found
 
 

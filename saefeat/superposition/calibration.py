@@ -5,8 +5,9 @@ they miss can be measured where the truth is known: in synthetic layers that are
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -22,11 +23,16 @@ from saefeat.superposition.theory import load
 from saefeat.training.bank import Bank
 from saefeat.training.trainer import train
 
-LEAST, MOST = 0.75, 3.0
-"""The numbers of features that are simulated, as multiples of the stable count. At a coverage of
-0.9 dictionaries have not missed more than half in any layer that was tried."""
+LEAST, STEP = 0.8, 1.2
+"""The first number of features that is simulated, over the stable count, and each over the last."""
+RISEN = 1.3
+"""No more are simulated where the count is this multiple of the observed one."""
+UNCOVERED = 0.85
+"""Nor where the coverage is below this: were the layer like those, it would have been refused."""
 MOST_LOAD = 0.75
-"""And none above this load: by 2 load = 1.5, nothing is found."""
+"""Nor above this load: from 2 load = 1.5 on, nothing is found."""
+FEWEST_POINTS = 3
+"""But so many at least."""
 DENSEST = 0.5
 """Largest density of a simulated feature."""
 FAINT = 0.01
@@ -45,7 +51,7 @@ def calibrate(
     rows: int | None = None,
     l0: float | None = None,
     magnitude: str = "uniform",
-    points: int = 6,
+    points: int = 8,
     layers: int = 3,
     seed: int = 0,
     device: str | torch.device = "auto",
@@ -53,9 +59,9 @@ def calibrate(
 ) -> CalibratedCount:
     """The number of features at which SAEs would count what these have counted.
 
-    Layers of `points` different n are simulated, `layers` of each, and dictionaries trained and
-    counted on them as the observed ones were: same kind, config, width, seeds, batch and rows. A
-    layer has n random directions in d_in dimensions, which are on independently of each other.
+    Layers of ascending n are simulated, `layers` of each, and dictionaries trained and counted on
+    them as the observed ones were: same kind, config, width, seeds, batch and rows. It ends where
+    the count has passed the observed one, or the coverage fallen below 0.85. A layer has n random directions in d_in dimensions, which are on independently of each other.
     Their densities are the observed ones: the quantiles of `counts.densities`, scaled so that
     their sum is the observed L0 whatever n is (none above 1/2). Noise makes up what the observed
     dictionaries leave beyond what simulated ones leave without noise, so that the FVU is the same.
@@ -64,8 +70,9 @@ def calibrate(
     interval. Coverage, e^H and FVU are a check on it: where they do not come out as observed, the
     simulations do not look like the layer and there is no estimate.
 
-    Cost: up to points (layers + 1) trainings of what the bank has at this hook and width, 24 by
-    default; none if the coverage of `counts` is below 0.9.
+    Cost: each layer takes as long as training the seeds at this hook and width took. With the
+    defaults there are 9 at least, 12 to 20 mostly, points (layers + 1) = 32 at most; none if the
+    coverage of `counts` is below 0.9.
 
     Args:
         counts: Of one hook and width, by `sae_counts`.
@@ -76,7 +83,8 @@ def calibrate(
         l0: Features on in a row, if that is known better than by the L0 of the dictionaries,
             which for TopK kinds is only the k that they were given.
         magnitude: Law of how strongly features fire; see `SyntheticActivations`.
-        points: Numbers of features to simulate, evenly spaced in the logarithm.
+        points: Most numbers of features to simulate, each 1.2 times the last; the first is 0.8
+            times the stable count.
         layers: Layers to simulate of each, at least 2.
         seed: Decides the simulated layers.
         device: Where to train.
@@ -108,11 +116,11 @@ def calibrate(
             f"Simulated dictionaries need a batch of {batch_size} rows at least, got {n_tokens}. "
             + ("" if rows else "The bank does not say how many it saw: give rows.")
         )
-    l0 = sum(counts.l0) / len(counts.l0) if l0 is None else l0
+    l0 = _mean(counts.l0) if l0 is None else l0
     if not 0 < l0 < counts.d_in:
         raise ValueError(
-            f"l0 must be above 0 and below the width {counts.d_in}, got {l0:.3g}. Features of which "
-            "so many are on at once cannot be told apart."
+            f"l0 must be above 0 and below the width {counts.d_in}, got {l0:.3g}. "
+            "Features of which so many are on at once cannot be told apart."
         )
     curve: list[CurvePoint] = []
     n_layers = 0
@@ -126,18 +134,15 @@ def calibrate(
             magnitude=magnitude,
             device=device,
         )
-        numbers = simulation.numbers(points)
-        bar = tqdm(
-            total=len(numbers) * (layers + 1),
-            unit="layer",
-            desc="calibrating",
-            disable=not progress,
-        )
-        with bar:
-            for number, n_features in enumerate(numbers):
-                first_seed = FIRST_SEED * (seed + 1) + number * layers
-                curve.append(simulation.point(n_features, first_seed, layers, bar))
-            n_layers = int(bar.n)
+        with tqdm(unit="layer", desc="calibrating", disable=not progress) as bar:
+            for n_features in simulation.numbers(points):
+                bar.set_postfix_str(f"{n_features} features")
+                first_seed = FIRST_SEED * (seed + 1) + n_layers
+                point, n_simulated = simulation.point(n_features, first_seed, layers, bar.update)
+                curve.append(point)
+                n_layers += n_simulated
+                if len(curve) >= FEWEST_POINTS and _is_enough(point, counts):
+                    break
     return conclude(
         counts,
         curve,
@@ -190,37 +195,42 @@ class Simulation:
 
     def numbers(self, points: int) -> list[int]:
         """The numbers of features to simulate, ascending."""
-        stable = self.observed.distinct.n_stable
-        first = max(math.ceil(LEAST * stable), math.ceil(2 * self.l0 / DENSEST), 4)
-        last = max(MOST * stable, 2.0 * first)
-        ratio = (last / first) ** (1 / (points - 1))
-        numbers = sorted({round(first * ratio**i) for i in range(points)})
-        return [n for i, n in enumerate(numbers) if i < 3 or self._load(n) <= MOST_LOAD]
+        least = 2 * self.l0 / DENSEST
+        first = max(LEAST * self.observed.distinct.n_stable, least, 4)
+        numbers = sorted({round(first * STEP**number) for number in range(points)})
+        few = numbers[:FEWEST_POINTS]
+        return few + [n for n in numbers[len(few) :] if self._load(n) <= MOST_LOAD]
 
-    def point(self, n_features: int, first_seed: int, layers: int, bar: tqdm) -> CurvePoint:
-        """Simulate the layers of one n; their noise is what the first lacks in FVU."""
+    def point(
+        self, n_features: int, first_seed: int, layers: int, after_layer: Callable[[], object]
+    ) -> tuple[CurvePoint, int]:
+        """Simulate the layers of one n, with as much noise as the first lacks in FVU.
+
+        Returns:
+            What they gave, and how many were simulated.
+        """
         seeds = range(first_seed, first_seed + layers)
-        wanted = sum(self.observed.fvu) / len(self.observed.fvu)
+        wanted = _mean(self.observed.fvu)
         clean = self._count(n_features, seeds[0], 0.0)
-        bar.update()
-        left = sum(clean.fvu) / len(clean.fvu)
+        after_layer()
+        left = _mean(clean.fvu)
         noise_share = max(0.0, (wanted - left) / (1 - left)) if left < 1 else 0.0
         if noise_share < FAINT:
             noise_share = 0.0
-            bar.total -= 1
         counted = [] if noise_share else [clean]
         for seed in seeds[len(counted) :]:
             counted.append(self._count(n_features, seed, noise_share))
-            bar.update()
-        return CurvePoint(
+            after_layer()
+        point = CurvePoint(
             n_features=n_features,
             load=self._load(n_features),
             noise_share=noise_share,
             stable=tuple(one.distinct.n_stable for one in counted),
             coverage=tuple(one.distinct.coverage or 0.0 for one in counted),
-            effective=tuple(sum(one.effective) / len(one.effective) for one in counted),
-            fvu=tuple(sum(one.fvu) / len(one.fvu) for one in counted),
+            effective=tuple(_mean(one.effective) for one in counted),
+            fvu=tuple(_mean(one.fvu) for one in counted),
         )
+        return point, layers + (noise_share > 0)
 
     def _densities(self, n_features: int) -> Float[Tensor, " n_features"]:
         return simulated_densities(self.observed.densities, n_features, self.l0)
@@ -230,19 +240,19 @@ class Simulation:
 
     def _count(self, n_features: int, seed: int, noise_share: float) -> SAECounts:
         """Train and count on one layer as the observed dictionaries were."""
-        options = {
-            "n_features": n_features,
-            "d_in": self.observed.d_in,
-            "density": self._densities(n_features),
-            "magnitude": self.magnitude,
-            "seed": seed,
-        }
-        layer = SyntheticActivations(**options)
+        layer = partial(
+            SyntheticActivations,
+            n_features=n_features,
+            d_in=self.observed.d_in,
+            density=self._densities(n_features),
+            magnitude=self.magnitude,
+            seed=seed,
+        )
+        noise = 0.0
         if noise_share:
-            variance = float(layer.sample(VARIANCE_ROWS)[0].var(0).mean())
+            variance = float(layer().sample(VARIANCE_ROWS)[0].var(0).mean())
             noise = math.sqrt(variance * noise_share / (1 - noise_share))
-            layer = SyntheticActivations(**options, noise=noise)
-        stream = layer.stream(
+        stream = layer(noise=noise).stream(
             batch_size=self.batch_size, held_out_rows=max(2, self.observed.n_tokens)
         )
         bank = train(
@@ -265,6 +275,16 @@ class Simulation:
         return counts
 
 
+def _is_enough(point: CurvePoint, counts: SAECounts) -> bool:
+    """Whether layers of more features need not be simulated."""
+    has_risen = _mean(point.stable) >= RISEN * counts.distinct.n_stable
+    return has_risen or _mean(point.coverage) < UNCOVERED
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
 def _recipe(family: Sequence[Dictionary], counts: SAECounts) -> DictionaryConfig:
     """The config of dictionaries that can be trained again on synthetic layers."""
     first = family[0]
@@ -282,7 +302,7 @@ def _recipe(family: Sequence[Dictionary], counts: SAECounts) -> DictionaryConfig
     recipes = {(one.config, one.origin.n_tokens) for one in family}
     if len(recipes) > 1:
         raise ValueError(
-            f"The seeds at {where} were trained by {len(recipes)} recipes or for unequal numbers of "
-            "rows. Only seeds that differ in nothing else can be simulated."
+            f"The seeds at {where} were trained by {len(recipes)} recipes or for unequal numbers "
+            "of rows. Only seeds that differ in nothing else can be simulated."
         )
     return first.config

@@ -54,7 +54,8 @@ class Reading:
     slope: float
     """Growth of the count, in proportion, per growth of n, over the interval or what there is."""
     falls_to: float | None
-    """The n past the peak where the curve has fallen back to the count, within its spread."""
+    """The n past the peak where the curve falls back to the count, or near it; None if it does
+    not, or does not fall."""
 
 
 def read_off(curve: Sequence[CurvePoint], stable: int) -> Reading:
@@ -66,9 +67,10 @@ def read_off(curve: Sequence[CurvePoint], stable: int) -> Reading:
         h = t s sqrt(1 + 1 / m)
 
     of the observed: s is the pooled standard deviation of ln(count) among the m layers of one n,
-    at least that of rounding, t Student's quantile for G (m - 1) degrees of freedom at G values of
-    n. The observed layer is one draw with that spread, the curve a mean of m. So the interval
-    holds for layers that are like the simulated ones, and does not know in what they differ.
+    at least that of rounding, t Student's quantile for G (m - 1) degrees of freedom, at G values of
+    n up to the peak. The observed layer is one draw with that spread, the curve a mean of m. So
+    the interval holds for layers that are like the simulated ones, and does not know in what they
+    differ.
 
     Raises:
         ValueError: Values of n do not ascend, or an n has fewer than 2 layers.
@@ -77,7 +79,7 @@ def read_off(curve: Sequence[CurvePoint], stable: int) -> Reading:
     n_layers = {len(point.stable) for point in curve}
     if len(curve) < 2 or numbers != sorted(set(numbers)) or len(n_layers) > 1 or min(n_layers) < 2:
         raise ValueError(
-            f"A curve needs 2 values of n at least, in ascending order, and as many layers of each, "
+            "A curve needs 2 values of n at least, in ascending order, and as many layers of each, "
             f"2 or more; got n = {numbers} with {[len(point.stable) for point in curve]} layers."
         )
     (m,) = n_layers
@@ -85,11 +87,11 @@ def read_off(curve: Sequence[CurvePoint], stable: int) -> Reading:
     counts = np.log(np.maximum([point.stable for point in curve], 0.5))
     observed = math.log(max(stable, 0.5))
     means = counts.mean(1)
-    degrees = len(curve) * (m - 1)
-    spread = math.sqrt(float(counts.var(1, ddof=1).mean()))
+    peak = int(means.argmax())
+    degrees = (peak + 1) * (m - 1)
+    spread = math.sqrt(float(counts[: peak + 1].var(1, ddof=1).mean()))
     spread = max(spread, 0.5 / max(stable, 1))
     half = float(student.ppf((1 + CONFIDENCE) / 2, degrees)) * spread * math.sqrt(1 + 1 / m)
-    peak = int(means.argmax())
     rise_x, rise_y = x[: peak + 1], isotonic_regression(means[: peak + 1]).x
     first, last = _crossing(rise_x, rise_y, observed, "left"), _crossing(rise_x, rise_y, observed)
     low = _crossing(rise_x, rise_y, observed - half, "left")
@@ -100,22 +102,41 @@ def read_off(curve: Sequence[CurvePoint], stable: int) -> Reading:
         inside = np.array([x[0], x[peak]])
     rise = np.diff(np.interp(inside, rise_x, rise_y))[0]
     width = inside[1] - inside[0]
-    fallen = x[peak:][means[peak:] <= observed + half]
     return Reading(
         estimate=math.exp(middle),
         low=math.exp(max(low, x[0])),
         high=math.exp(max(high, x[0])),
-        is_below=low < x[0],
+        is_below=bool(low < x[0]),
         slope=float(rise / width) if width > 0 else 0.0,
-        falls_to=math.exp(fallen[0]) if len(fallen) and peak < len(x) - 1 else None,
+        falls_to=_falls_to(x[peak:], means[peak:], observed, half),
     )
 
 
-def interpolated(curve: Sequence[CurvePoint], name: str, n_features: float) -> float:
-    """The mean of a number over layers, at an n between those that were simulated."""
-    means = [float(np.mean(getattr(point, name))) for point in curve]
+def _falls_to(x: np.ndarray, y: np.ndarray, level: float, half: float) -> float | None:
+    """Where a line that falls from its first point comes back to a level, or near it."""
+    near = [i for i in range(1, len(x)) if y[i] <= level + half]
+    if not near:
+        return None
+    at = near[0]
+    if y[at] < level < y[at - 1]:
+        share = (y[at - 1] - level) / (y[at - 1] - y[at])
+        return math.exp(float(x[at - 1] + share * (x[at] - x[at - 1])))
+    return math.exp(float(x[at]))
+
+
+def range_within(
+    curve: Sequence[CurvePoint], name: str, low: float, high: float
+) -> tuple[float, float]:
+    """Least and largest mean of a number over the layers of an n, for n from `low` to `high`.
+
+    Interpolated linearly in ln(n), and constant outside of the curve.
+    """
+    means = np.array([np.mean(getattr(point, name)) for point in curve])
     x = np.log([point.n_features for point in curve])
-    return float(np.interp(math.log(n_features), x, means))
+    ends = np.clip(np.log([low, high]), x[0], x[-1])
+    inside = means[(x > ends[0]) & (x < ends[1])]
+    values = np.concatenate([np.interp(ends, x, means), inside])
+    return float(values.min()), float(values.max())
 
 
 def spread_of(curve: Sequence[CurvePoint], name: str) -> float:
