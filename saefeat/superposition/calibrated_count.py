@@ -28,7 +28,8 @@ class CalibratedCount:
     """How many features a layer has if it is like the simulated ones. `print` it.
 
     Where `identifiable` is False, `estimate` is `low`, the least number that can be said, and
-    `high` is infinite.
+    `high` is infinite. Where coverage is low, `low` is what two seeds have found, of which a part
+    may be no features: it is a lower bound only as far as what comes back is one.
     """
 
     observed: SAECounts
@@ -79,8 +80,8 @@ class CalibratedCount:
         lines = [
             f"{seen.hook_name}: {number}",
             f"  {seen.d_sae:,} latents, {len(seen.seeds)} seeds: {seen.distinct.n_stable:,} found "
-            f"in two, coverage {seen.distinct.coverage or 0:.3f}, e^H {_mean(seen.effective):,.0f}, "
-            f"FVU {_mean(seen.fvu):.3f}",
+            f"in two, coverage {seen.distinct.coverage or 0:.3f}, "
+            f"e^H {_mean(seen.effective):,.0f}, FVU {_mean(seen.fvu):.3f}",
             *(f"  {reason}" for reason in self.reasons),
         ]
         if self.curve:
