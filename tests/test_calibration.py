@@ -258,7 +258,7 @@ def trained(layer: sf.SyntheticActivations, n_tokens: int, k: int = 1):
         device="cpu",
         progress=False,
     )
-    (counts,) = sf.sae_counts(bank, stream, n_tokens=5000, progress=False)
+    (counts,) = sf.sae_counts(bank, stream, n_tokens=10_000, progress=False)
     return bank, stream, counts
 
 
@@ -323,12 +323,12 @@ def test_the_same_call_gives_the_same_answer_and_another_seed_other_layers(twelv
 
 @pytest.mark.slow
 def test_most_intervals_hold_the_number_of_features() -> None:
-    """Twenty layers of 1 to 1.75 features per neuron, up to the limit of these dictionaries.
+    """Layers of 1 to 1.75 features per neuron, up to the limit of these dictionaries.
 
-    When this was written all twenty held it, and 18 were confident.
+    Of twenty, when this was written, all intervals held the number, and 18 had an upper end.
     """
     held, confident = [], []
-    for number in range(20):
+    for number in range(8):
         n_features = (16, 20, 24, 28)[number % 4]
         layer = sf.SyntheticActivations(
             n_features=n_features, d_in=16, density=1 / n_features, seed=number + 1
@@ -337,8 +337,8 @@ def test_most_intervals_hold_the_number_of_features() -> None:
         count = sf.calibrate(counts, bank, batch_size=96, layers=2, device="cpu", progress=False)
         held.append(count.low <= n_features <= count.high)
         confident.append(count.identifiable)
-    assert sum(held) >= 18
-    assert sum(confident) >= 10
+    assert sum(held) >= 7
+    assert sum(confident) >= 5
 
 
 def test_a_layer_past_the_bound_is_flagged_and_nothing_is_simulated() -> None:
