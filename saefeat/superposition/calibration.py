@@ -79,8 +79,9 @@ def calibrate(
     the peak. With k twice or half of what is on in a row, the three layers that were tried were
     refused for their coverage; but ghosts come back too, and one had 22 "at least" of 20. What
     dictionaries have not found is given the densities of what they have, so that a tail of rare
-    features is missed if it is long: of two Zipf laws both were refused, of one over a range of 30
-    the interval held. All checks pass for a layer that differs in what dictionaries do not see.
+    features is missed if it is long: two layers with densities as 1, 1/2, 1/3, ... were refused,
+    of one with densities over a range of 30 the interval held. All checks pass for a layer that
+    differs in what dictionaries do not see.
     `count_features` needs none of this.
 
     Cost: each layer takes as long as training the seeds at this hook and width took. With the
