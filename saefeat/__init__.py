@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from saefeat.models.load import load_model as load_model
     from saefeat.report.measure import measure as measure
     from saefeat.report.record import Report as Report
+    from saefeat.superposition.calibrated_count import CalibratedCount as CalibratedCount
+    from saefeat.superposition.calibration import calibrate as calibrate
     from saefeat.superposition.counting import count_features as count_features
     from saefeat.superposition.feature_count import FeatureCount as FeatureCount
     from saefeat.superposition.sae_counts import sae_counts as sae_counts
@@ -50,6 +52,7 @@ _HOMES = {
     "ActivationStore": "saefeat.activations.store",
     "ActivationStream": "saefeat.activations.stream",
     "Bank": "saefeat.training.bank",
+    "CalibratedCount": "saefeat.superposition.calibrated_count",
     "Codes": "saefeat.kernels.codes",
     "Dictionary": "saefeat.dictionaries.base",
     "FeatureCount": "saefeat.superposition.feature_count",
@@ -69,6 +72,7 @@ _HOMES = {
     "TopKConfig": "saefeat.dictionaries.topk",
     "across_widths": "saefeat.superposition.universality.widths",
     "cache_activations": "saefeat.activations.store",
+    "calibrate": "saefeat.superposition.calibration",
     "count_features": "saefeat.superposition.counting",
     "load_dictionary": "saefeat.dictionaries.loading",
     "load_model": "saefeat.models.load",

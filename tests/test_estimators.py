@@ -233,6 +233,10 @@ def test_a_bank_is_counted_by_every_estimator(stream: sf.ActivationStream) -> No
     assert counts.costly.chao2 == chao2(found(4, 16), 2)
     assert counts.costly.coverage == pytest.approx(1 - 4 / 36)
     assert counts.distinct == counts.costly
+    assert len(counts.densities) == 36
+    assert list(counts.densities) == sorted(counts.densities, reverse=True)
+    assert sum(counts.densities) / 36 == pytest.approx(0.1, rel=0.05)
+    assert counts.cosine == 0.8
     assert counts.split_share == (0, 0)
     assert all(17.5 < effective < 20 for effective in counts.effective)
     x = torch.cat([batch["a"] for batch in stream.held_out_batches(1500)])
@@ -268,6 +272,7 @@ def test_the_width_curve_shows_splitting_and_dead_latents_do_not_count(
     # The copies cost their share and are as stable as features, until they are merged.
     assert wide.alive.n_stable == wide.costly.n_stable == 24
     assert wide.distinct.per_seed == (20, 20)
+    assert len(wide.densities) == len(narrow.densities) == 40
     assert wide.distinct.n_stable == 20
     assert wide.distinct.coverage == 1
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,6 +36,11 @@ class SAECounts:
     """Of those that are costly once near-duplicates within a seed are merged, at the sum of their
     costs: the count to trust, since copies come back from another seed as features do."""
     cost_share: float
+    cosine: float
+    """Least cosine between latents of two seeds that are one feature."""
+    densities: tuple[float, ...]
+    """How often the latents that `distinct` counts are on, those of all seeds together in
+    descending order; the firings of copies are added."""
     effective: tuple[float, ...]
     """The effective number e^H of each seed; see `metrics.effective_features`."""
     l0: tuple[float, ...]
@@ -161,10 +166,12 @@ def _counts(
     alive = [sparsity[key].firing > 0 for key in family]
     shares = [costs[key].share_of_variance.cpu() for key in family]
     costly = [costly_latents(share, cost_share) for share in shares]
-    distinct = [
-        costly_latents(_merged(decoder, share, fired), cost_share)
-        for decoder, share, fired in zip(decoders, shares, alive, strict=True)
-    ]
+    distinct, densities = [], []
+    for key, decoder, share, fired in zip(family, decoders, shares, alive, strict=True):
+        stands_for = merge_duplicates(decoder * fired[:, None], weights=share)
+        distinct.append(costly_latents(_merged(share, stands_for), cost_share))
+        density = _merged(sparsity[key].density, stands_for)[distinct[-1]]
+        densities += density.clamp(max=1).tolist()
     return SAECounts(
         hook_name=hook_name,
         expansion_factor=expansion_factor,
@@ -176,6 +183,8 @@ def _counts(
         costly=SeedCounts.of(decoders, costly, cosine=cosine),
         distinct=SeedCounts.of(decoders, distinct, cosine=cosine),
         cost_share=cost_share,
+        cosine=cosine,
+        densities=tuple(sorted(densities, reverse=True)),
         effective=tuple(sparsity[key].effective_features for key in family),
         l0=tuple(sparsity[key].l0 for key in family),
         fvu=tuple(costs[key].fidelity.fvu for key in family),
@@ -186,10 +195,12 @@ def _counts(
     )
 
 
-def _merged(decoder: Tensor, costs: Tensor, alive: Tensor) -> Float[Tensor, " d_sae"]:
-    """The costs of the latents that stand for others, those of the others added; 0 elsewhere."""
-    kept = merge_duplicates(decoder * alive[:, None], weights=costs)
-    return torch.zeros_like(costs).index_add_(0, kept[kept >= 0], costs[kept >= 0])
+def _merged(
+    amounts: Float[Tensor, " d_sae"], stands_for: Int[Tensor, " d_sae"]
+) -> Float[Tensor, " d_sae"]:
+    """The amounts of the latents that stand for others, those of the others added; 0 elsewhere."""
+    known = stands_for >= 0
+    return torch.zeros_like(amounts).index_add_(0, stands_for[known], amounts[known])
 
 
 def _share(counted: Tensor) -> float:
