@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     from saefeat.models.load import load_model as load_model
     from saefeat.report.measure import measure as measure
     from saefeat.report.record import Report as Report
-    from saefeat.superposition.calibrated_count import CalibratedCount as CalibratedCount
     from saefeat.superposition.calibration import calibrate as calibrate
+    from saefeat.superposition.calibration.calibrated_count import (
+        CalibratedCount as CalibratedCount,
+    )
     from saefeat.superposition.counting import count_features as count_features
-    from saefeat.superposition.feature_count import FeatureCount as FeatureCount
+    from saefeat.superposition.counting.feature_count import FeatureCount as FeatureCount
     from saefeat.superposition.sae_counts import sae_counts as sae_counts
     from saefeat.superposition.universality.measure import universality as universality
     from saefeat.superposition.universality.result import Universality as Universality
@@ -52,10 +54,10 @@ _HOMES = {
     "ActivationStore": "saefeat.activations.store",
     "ActivationStream": "saefeat.activations.stream",
     "Bank": "saefeat.training.bank",
-    "CalibratedCount": "saefeat.superposition.calibrated_count",
+    "CalibratedCount": "saefeat.superposition.calibration.calibrated_count",
     "Codes": "saefeat.kernels.codes",
     "Dictionary": "saefeat.dictionaries.base",
-    "FeatureCount": "saefeat.superposition.feature_count",
+    "FeatureCount": "saefeat.superposition.counting.feature_count",
     "Plan": "saefeat.training.plan",
     "Report": "saefeat.report.record",
     "SyntheticActivations": "saefeat.activations.synthetic",

@@ -10,9 +10,9 @@ import torch
 from scipy.stats import t as student
 
 import saefeat as sf
-from saefeat.superposition.calibrated_count import conclude
 from saefeat.superposition.calibration import Simulation, simulated_densities
-from saefeat.superposition.calibration_curve import CurvePoint, range_within, read_off
+from saefeat.superposition.calibration.calibrated_count import conclude
+from saefeat.superposition.calibration.curve import CurvePoint, range_within, read_off
 from saefeat.superposition.estimators import SeedCounts
 from saefeat.superposition.sae_counts import SAECounts
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import saefeat as sf
-from saefeat.superposition.agreement import Agreement
-from saefeat.superposition.conclusion import conclude
-from saefeat.superposition.feature_count import Step
-from saefeat.superposition.layer_rows import LayerRows
-from saefeat.superposition.search import choose, with_room
+from saefeat.superposition.counting.agreement import Agreement
+from saefeat.superposition.counting.conclusion import conclude
+from saefeat.superposition.counting.feature_count import Step
+from saefeat.superposition.counting.layer_rows import LayerRows
+from saefeat.superposition.counting.search import choose, with_room
 
 
 def found(d_sae=64, picks=2, n_features=10, n_strict=None, shared_energy=0.95, alone=0, rows=1000):

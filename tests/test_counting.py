@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import saefeat as sf
-from saefeat.superposition.agreement import agreement, combinations
-from saefeat.superposition.code_densities import code_densities
 from saefeat.superposition.counting import count_features
-from saefeat.superposition.layer_rows import LayerRows
-from saefeat.superposition.pursuit import Fit
+from saefeat.superposition.counting.agreement import agreement, combinations
+from saefeat.superposition.counting.code_densities import code_densities
+from saefeat.superposition.counting.layer_rows import LayerRows
+from saefeat.superposition.counting.pursuit import Fit
 
 
 def unit(rows):

@@ -8,8 +8,8 @@ import torch
 
 from saefeat.metrics.sparsity import SparsityCounts, features_per_neuron
 from saefeat.report.record import Layer, Row
+from saefeat.superposition.counting.feature_count import FeatureCount
 from saefeat.superposition.estimators import SeedCounts
-from saefeat.superposition.feature_count import FeatureCount
 from saefeat.training.bank import Bank, Key
 
 COUNTED = "matching pursuit from {} random starts (count_features)"

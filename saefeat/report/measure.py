@@ -18,7 +18,7 @@ from saefeat.metrics.loss_recovered import CrossEntropy, ce_loss_recovered
 from saefeat.metrics.sparsity import SparsityCounts, features_per_neuron
 from saefeat.report.layers import layer_summaries
 from saefeat.report.record import QUANTILES, Report, Row, layer_number
-from saefeat.superposition.feature_count import FeatureCount
+from saefeat.superposition.counting.feature_count import FeatureCount
 from saefeat.training.bank import Bank, Key
 
 

@@ -2,11 +2,11 @@
 
 import math
 
-from saefeat.superposition.agreement import Agreement
-from saefeat.superposition.code_densities import code_densities
-from saefeat.superposition.feature_count import FeatureCount, Step
-from saefeat.superposition.layer_rows import LayerRows
-from saefeat.superposition.search import COVERED
+from saefeat.superposition.counting.agreement import Agreement
+from saefeat.superposition.counting.code_densities import code_densities
+from saefeat.superposition.counting.feature_count import FeatureCount, Step
+from saefeat.superposition.counting.layer_rows import LayerRows
+from saefeat.superposition.counting.search import COVERED
 from saefeat.superposition.theory import load
 
 MARGIN = 0.02

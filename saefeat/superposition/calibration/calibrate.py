@@ -16,8 +16,12 @@ from tqdm import tqdm
 
 from saefeat.activations.synthetic import SyntheticActivations
 from saefeat.dictionaries.base import Dictionary, DictionaryConfig
-from saefeat.superposition.calibrated_count import CalibratedCount, conclude, why_untrusted
-from saefeat.superposition.calibration_curve import CurvePoint
+from saefeat.superposition.calibration.calibrated_count import (
+    CalibratedCount,
+    conclude,
+    why_untrusted,
+)
+from saefeat.superposition.calibration.curve import CurvePoint
 from saefeat.superposition.sae_counts import SAECounts, sae_counts
 from saefeat.superposition.theory import load
 from saefeat.training.bank import Bank

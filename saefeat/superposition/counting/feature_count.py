@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from saefeat.superposition.agreement import Agreement
+from saefeat.superposition.counting.agreement import Agreement
 from saefeat.superposition.sae_counts import SAECounts
 
 

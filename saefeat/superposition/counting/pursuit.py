@@ -14,7 +14,7 @@ from saefeat.dictionaries.base import Origin
 from saefeat.dictionaries.matching_pursuit import MatchingPursuit, MatchingPursuitConfig
 from saefeat.kernels.dispatch import choose_kernels
 from saefeat.metrics.fidelity import FidelitySums
-from saefeat.superposition.layer_rows import LayerRows
+from saefeat.superposition.counting.layer_rows import LayerRows
 from saefeat.training.bank_learner import BankLearner
 
 BATCH_ROWS = 512

@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float, Int
 from scipy.special import betaincinv
 from torch import Tensor
 
+from saefeat.superposition.counting.pursuit import Fit
 from saefeat.superposition.estimators import chao2, good_turing_coverage
 from saefeat.superposition.matching import features_over_seeds, merge_duplicates
-from saefeat.superposition.pursuit import Fit
 
 DUPLICATE = 0.85
 """Cosine from which two atoms of one dictionary are one feature learned twice."""

@@ -7,13 +7,13 @@ from dataclasses import replace
 import torch
 
 from saefeat.activations.stream import ActivationStream
-from saefeat.superposition.agreement import Agreement, agreement
-from saefeat.superposition.conclusion import conclude
-from saefeat.superposition.feature_count import FeatureCount, Step
-from saefeat.superposition.layer_rows import LayerRows
-from saefeat.superposition.pursuit import fit_pursuit
+from saefeat.superposition.counting.agreement import Agreement, agreement
+from saefeat.superposition.counting.conclusion import conclude
+from saefeat.superposition.counting.feature_count import FeatureCount, Step
+from saefeat.superposition.counting.layer_rows import LayerRows
+from saefeat.superposition.counting.pursuit import fit_pursuit
+from saefeat.superposition.counting.search import choose, with_room
 from saefeat.superposition.sae_counts import count_recipe, sae_counts
-from saefeat.superposition.search import choose, with_room
 from saefeat.training.trainer import train
 
 PICKS = (1, 2, 4, 8, 16, 32)

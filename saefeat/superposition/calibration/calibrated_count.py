@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from saefeat.superposition.calibration_curve import (
+from saefeat.superposition.calibration.curve import (
     FLAT,
     CurvePoint,
     range_within,

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from saefeat.superposition.agreement import Agreement
+from saefeat.superposition.counting.agreement import Agreement
 
 Compare = Callable[[int, int, int, int], Agreement]
 """What random starts agree on, given atoms, picks, the number of starts and that of rows."""
