@@ -112,7 +112,7 @@ def test_what_all_starts_share_has_a_narrow_interval(rows):
 
 
 def test_doubt_widens_the_interval_on_its_own_side(rows):
-    assert concluded(rows, found(n_strict=7)).low == pytest.approx(6.8)
+    assert concluded(rows, found(n_strict=8)).low == pytest.approx(7.8)
     last = found(alone=3)
     assert last.coverage == pytest.approx(1 - 3 / 33)
     assert concluded(rows, last).high == pytest.approx(last.chao2 + 0.2)
@@ -124,6 +124,7 @@ def test_doubt_widens_the_interval_on_its_own_side(rows):
         (found(shared_energy=0.6), "of the energy of the codes came back"),
         (found(alone=10), "Coverage 0.75 is below"),
         (found(d_sae=11), "fill 11 atoms"),
+        (found(n_strict=7), "Only 7 of 10 features are in all starts"),
     ],
 )
 def test_what_starts_do_not_share_is_no_count(rows, last, reason):
@@ -131,7 +132,7 @@ def test_what_starts_do_not_share_is_no_count(rows, last, reason):
     assert not count.identifiable
     assert any(reason in one for one in count.reasons)
     assert count.high == math.inf
-    assert count.estimate == count.low == pytest.approx(9.8)
+    assert count.estimate == count.low == pytest.approx(0.98 * last.n_strict)
 
 
 def test_a_count_below_what_another_width_agreed_on_is_no_count(rows):

@@ -14,6 +14,8 @@ MARGIN = 0.02
 REPEATED = 0.75
 """Least share of the energy of the codes that has to be found again. Copies and codes of noise
 keep it below 1."""
+SETTLED = 0.8
+"""Least share of the features that all starts have found, and closely."""
 FULL = 0.9
 """Share of the atoms beyond which features fill a dictionary."""
 
@@ -40,6 +42,11 @@ def conclude(
     if last.n_features > FULL * last.d_sae:
         reasons.append(
             f"{last.n_features} features fill {last.d_sae} atoms: give larger expansion_factors."
+        )
+    if last.n_strict < SETTLED * last.n_features:
+        reasons.append(
+            f"Only {last.n_strict} of {last.n_features} features are in all starts at a cosine of "
+            "0.95: they have not settled. More rows may help."
         )
     # With fewer picks there are more sums among what starts agree on.
     most = max(step.n_strict for step in steps if step.picks >= last.picks)

@@ -12,7 +12,7 @@ from saefeat.superposition.counting.conclusion import conclude
 from saefeat.superposition.counting.feature_count import FeatureCount, Step
 from saefeat.superposition.counting.layer_rows import LayerRows
 from saefeat.superposition.counting.pursuit import fit_pursuit
-from saefeat.superposition.counting.search import choose, with_room
+from saefeat.superposition.counting.search import choose, wider, with_room
 from saefeat.superposition.sae_counts import count_recipe, sae_counts
 from saefeat.training.trainer import train
 
@@ -104,8 +104,12 @@ def count_features(
         widest = round(expansion_factors[-1] * rows.width)
         halves = with_room(compare, best, widest, len(seeds), n_tokens // 2)
         half = max(halves[-2:], key=lambda one: one.shared_energy)
-        last = compare(half.d_sae, half.picks, len(seeds), n_tokens)
-        steps += [*(Step.of("half", one) for one in halves), Step.of("whole", last)]
+        steps += [Step.of("half", one) for one in halves]
+        d_sae: int | None = half.d_sae
+        while d_sae is not None:
+            last = compare(d_sae, half.picks, len(seeds), n_tokens)
+            steps.append(Step.of("whole", last))
+            d_sae = wider(last, widest)
     count = conclude(rows, last, half, tuple(steps), tuple(seeds))
     if not saes:
         return count

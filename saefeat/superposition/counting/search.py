@@ -53,16 +53,27 @@ def with_room(
     width the one that agrees better is gone on from; the last two have the answer.
     """
     tried: list[Agreement] = []
-    while True:
-        d_sae = min(most, max(8, 8 * math.ceil(LAST_WIDTH * best.n_features / 8)))
-        if tried and d_sae <= best.d_sae:
-            return tried
-        more = best.picks + math.ceil(best.picks / 2)
+    d_sae: int | None = _last_width(best, most)
+    more = best.picks + math.ceil(best.picks / 2)
+    while d_sae is not None:
         last = [compare(d_sae, n_picks, n_seeds, n_rows) for n_picks in (best.picks, more)]
         tried += last
         best = max(last, key=_agreement)
-        if best.n_features <= ROOM * best.d_sae:
-            return tried
+        more = best.picks + math.ceil(best.picks / 2)
+        d_sae = wider(best, most)
+    return tried
+
+
+def wider(last: Agreement, most: int) -> int | None:
+    """Atoms that leave the features room; None where they have it, or are as many as allowed."""
+    if last.n_features <= ROOM * last.d_sae:
+        return None
+    d_sae = _last_width(last, most)
+    return d_sae if d_sae > last.d_sae else None
+
+
+def _last_width(last: Agreement, most: int) -> int:
+    return min(most, max(8, 8 * math.ceil(LAST_WIDTH * last.n_features / 8)))
 
 
 def _agreement(one: Agreement) -> float:
