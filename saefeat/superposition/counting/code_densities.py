@@ -18,6 +18,7 @@ VALUE_BITS = 3
 PRECISION = 1e-3
 """Variance of a coordinate, as a share of the mean one, that is not worth describing."""
 ROWS = 10_000
+"""Rows on which that is chosen."""
 
 
 @torch.no_grad()
@@ -55,11 +56,15 @@ def code_densities(
     def code(x: Tensor, n_picks: int, tolerance: float) -> Codes:
         return kernels.matching_pursuit(x, atoms, min(n_picks, len(atoms)), tolerance, gram)
 
-    numbers = [picks << doublings for doublings in range((most // picks).bit_length())]
-    candidates = [(n_picks, one) for n_picks in numbers for one in TOLERANCES]
-    n_picks, tolerance = min(
-        candidates, key=lambda one: _description_bits(code(sample, *one), sample, atoms)
-    )
+    least, n_picks, tolerance = math.inf, picks, TOLERANCES[0]
+    for doublings in range((most // picks).bit_length()):
+        before = least
+        for one in TOLERANCES:
+            bits = _description_bits(code(sample, picks << doublings, one), sample, atoms)
+            if bits < least:
+                least, n_picks, tolerance = bits, picks << doublings, one
+        if least == before:  # more picks describe no better
+            break
     codes = code(centred, n_picks, tolerance)
     values, latents = codes.values, codes.latents
     sums = torch.zeros(len(atoms)).index_add_(0, latents, values)
