@@ -40,6 +40,13 @@ CORRELATION = 0.3
 CHILDREN = 0.5
 SAE_ROWS = 4
 """Rows that SAEs learn from, over those of the count."""
+KINDS = (
+    "constant-independent",
+    "constant-correlated",
+    "zipf-independent",
+    "zipf-correlated",
+    "zipf-hierarchical",
+)
 SAE_COLUMNS = (
     "alive",
     "effective",
@@ -60,6 +67,9 @@ class Options:
     degrees: tuple[int, ...] = (1, 2, 4, 8, 12)
     """Features per neuron."""
     densities: tuple[float, ...] = (0.003, 0.01, 0.03)
+    kinds: tuple[str, ...] = KINDS
+    """Distribution and structure of the densities."""
+    noises: tuple[float, ...] = (0.0, 0.05)
     seeds: tuple[int, ...] = (0,)
     rows_at_32: int = 500_000
     """Rows of the last fits in 32 dimensions; more in proportion to the width's square root."""
@@ -85,21 +95,14 @@ class Cell:
 
 def grid(options: Options) -> list[Cell]:
     """All cells, in an order that is mixed but always the same."""
-    kinds = [
-        ("constant", "independent"),
-        ("constant", "correlated"),
-        ("zipf", "independent"),
-        ("zipf", "correlated"),
-        ("zipf", "hierarchical"),
-    ]
     cells = [
-        Cell(d_in, degree, density, *kind, noise, seed)
+        Cell(d_in, degree, density, *kind.split("-"), noise, seed)
         for d_in, degree, density, kind, noise, seed in itertools.product(
             options.widths,
             options.degrees,
             options.densities,
-            kinds,
-            (0.0, 0.05),
+            options.kinds,
+            options.noises,
             options.seeds,
         )
     ]
