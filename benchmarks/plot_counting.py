@@ -84,7 +84,9 @@ def draw(
             )
         )
         text = f"≥ {100 + worst:.0f} %" if is_flagged else f"{worst:+.1f} %"
-        axis.text(x, y, text, ha="center", va="center", fontsize=9)
+        is_dark = not is_flagged and not 10 < abs(worst) < 40
+        colour = "white" if is_dark else "black"
+        axis.text(x, y, text, ha="center", va="center", fontsize=10, color=colour)
     # Cells are evenly spaced in the index of a density and of a degree: so is the line.
     steps = [index / 50 for index in range(-25, 50 * len(densities) - 25)]
     line = [(x, at(degree_at(along(densities, x)), degrees)) for x in steps]

@@ -10,7 +10,7 @@ import torch
 from scipy.stats import t as student
 
 import saefeat as sf
-from saefeat.superposition.calibration import Simulation, simulated_densities
+from saefeat.superposition.calibration.calibrate import Simulation, simulated_densities
 from saefeat.superposition.calibration.calibrated_count import conclude
 from saefeat.superposition.calibration.curve import CurvePoint, range_within, read_off
 from saefeat.superposition.estimators import SeedCounts
