@@ -37,7 +37,7 @@ def count_of(n_tokens=120_000, **layer):
         {"n_features": 16, "density": 0.03},
         {"n_features": 48, "density": 0.02, "noise": 0.05},
         {"n_features": 32, "density": 0.03, "density_distribution": "zipf"},
-        {"n_features": 32, "density": 0.03, "correlation": 0.3},
+        {"n_features": 32, "density": 0.02, "correlation": 0.3},
     ],
     ids=lambda layer: ",".join(map(str, layer.values())),
 )

@@ -294,6 +294,7 @@ def requirements(stream, config=CONFIG, **options):
         stream,
         config,
         log_every=10,
+        groups=None,
         checkpoint_every=500,
         keep_last=2,
         device=torch.device("cpu"),
