@@ -258,6 +258,9 @@ class Requirements:
                 # Encoder and decoder of dead latents, their gradients, and some of the rows.
                 copied = int(DEAD_SHARE * one.d_sae) * 2 + min(n // 4, MOST_ROWS)
                 needed += 4 * copied * (one.d_in + one.d_out)
+            if one.reads_several_hooks and isinstance(one.config, PenalisedConfig):
+                # Decoder norms by hook, and their gradients: by block, put together and added.
+                needed += 4 * 4 * one.d_sae * one.d_out
             most = max(most, needed)
         return self._scaled_bytes() + most
 
