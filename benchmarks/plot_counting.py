@@ -59,6 +59,7 @@ def main() -> None:
     axes[0].set_ylabel("features per neuron")
     scale = ScalarMappable(Normalize(0, WORST), colours)
     figure.colorbar(scale, ax=axes, label="error of the count, % of the features", extend="max")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=9)
     figure.suptitle(f"{width} neurons; hatched: flagged as beyond the limit", fontsize=10)
     figure.savefig(RESULTS / "counting.png", dpi=110)
 
@@ -96,7 +97,6 @@ def draw(
     axis.set_xticks(range(len(densities)), [f"{density:g}" for density in densities])
     axis.set_yticks(range(len(degrees)), [f"{degree:g}" for degree in degrees])
     axis.set_xlabel("density of each feature")
-    axis.legend(loc="lower left", fontsize=8)
 
 
 def degree_at(density: float) -> float:
