@@ -16,7 +16,7 @@ it. Each of the `--processes` has one thread.
 - sae_*: what BatchTopK SAEs with twice as many latents as features count, after four times as
   many rows; they are told how many features there are and how many are on. Empty but for
   independent features of equal density, the ones in the map.
-- seconds: of the count, and of the SAEs.
+- seconds: of the count. The committed file is of a machine that had other work.
 """
 
 import csv
