@@ -23,7 +23,6 @@ def found(d_sae=64, picks=2, n_features=10, n_strict=None, shared_energy=0.95, a
         picks=picks,
         n_rows=rows,
         directions=directions,
-        energy=torch.ones(n_features),
         offset=torch.zeros(8),
         found_in=torch.tensor([3] * n_features + [1] * alone, dtype=torch.int64),
         n_seeds=3,
@@ -31,7 +30,6 @@ def found(d_sae=64, picks=2, n_features=10, n_strict=None, shared_energy=0.95, a
         n_combined=0,
         shared_energy=shared_energy,
         fvu=0.1,
-        l0=2.0,
     )
 
 

@@ -102,9 +102,7 @@ def test_saes_stand_beside_the_count():
 
 def fit_of(atoms, energy=None):
     energy = torch.ones(len(atoms)) if energy is None else torch.tensor(energy)
-    return Fit(
-        atoms=unit(atoms), offset=torch.zeros(atoms.shape[1]), energy=energy, fvu=0.1, l0=1.0
-    )
+    return Fit(atoms=unit(atoms), offset=torch.zeros(atoms.shape[1]), energy=energy, fvu=0.1)
 
 
 def test_what_two_starts_share_is_counted_and_what_one_has_is_not():

@@ -45,8 +45,6 @@ class Agreement:
     """Rows that each was fitted on."""
     directions: Float[Tensor, "n_features d_in"]
     """The features that two dictionaries at least have found, combinations left out."""
-    energy: Float[Tensor, " n_features"]
-    """Mean square of a feature's code."""
     offset: Float[Tensor, " d_in"]
     """What codes are not to explain: mean over the dictionaries."""
     found_in: Int[Tensor, " n_contenders"]
@@ -61,7 +59,6 @@ class Agreement:
     """Share of the energy of all codes that is in what two dictionaries at least have found."""
     fvu: float
     """Mean over the dictionaries."""
-    l0: float
 
     @property
     def n_features(self) -> int:
@@ -91,12 +88,11 @@ def agreement(fits: Sequence[Fit], *, picks: int, n_rows: int) -> Agreement:
     atoms, energies = zip(*(_distinct(fit) for fit in fits), strict=True)
     features = features_over_seeds(atoms, cosine=SAME)
     groups, energy = torch.cat(list(features.groups)), torch.cat(energies)
-    of_group = torch.zeros(features.n_observed).index_add_(
+    whole = torch.zeros(features.n_observed).index_add_(
         0, groups.clamp_min(0), torch.where(groups >= 0, energy, 0.0)
     )
-    of_group /= features.found_in
+    of_group = whole / features.found_in
     shared = features.found_in >= 2
-    whole = of_group * features.found_in
     is_combined = torch.zeros_like(shared)
     is_combined[shared] = combinations(features.directions[shared], of_group[shared])
     counted = shared & ~is_combined
@@ -108,7 +104,6 @@ def agreement(fits: Sequence[Fit], *, picks: int, n_rows: int) -> Agreement:
         picks=picks,
         n_rows=n_rows,
         directions=features.directions[counted],
-        energy=of_group[counted],
         offset=torch.stack([fit.offset for fit in fits]).mean(0),
         found_in=features.found_in[contenders],
         n_seeds=len(fits),
@@ -116,7 +111,6 @@ def agreement(fits: Sequence[Fit], *, picks: int, n_rows: int) -> Agreement:
         n_combined=int(is_combined.sum()),
         shared_energy=float(whole[shared].sum() / whole.sum().clamp_min(1e-30)),
         fvu=sum(fit.fvu for fit in fits) / len(fits),
-        l0=sum(fit.l0 for fit in fits) / len(fits),
     )
 
 

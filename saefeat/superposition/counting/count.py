@@ -52,8 +52,8 @@ def count_features(
     drawn to a feature averages over all rows that hold it, whatever else is on in them.
 
     Args:
-        stream: Where rows come from. They are read some ten times: cache those of a language
-            model first (`cache_activations`).
+        stream: Where rows come from. They are read ten to twenty times: cache those of a
+            language model first (`cache_activations`).
         n_tokens: Rows that the last dictionaries are fitted on. The rarest feature should be on
             in a thousand of them.
         hook_name: Which hook of the stream; needed if there are several. Several names count what

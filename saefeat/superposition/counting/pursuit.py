@@ -37,7 +37,6 @@ class Fit:
     energy: Float[Tensor, " d_sae"]
     """Mean square of each atom's code."""
     fvu: float
-    l0: float
 
 
 def fit_pursuit(
@@ -100,11 +99,9 @@ def fit_pursuit(
 def _measured(dictionary: MatchingPursuit, held_out: Float[Tensor, "n d_in"]) -> Fit:
     energy = torch.zeros(dictionary.d_sae)
     fidelity = FidelitySums()
-    n_on = 0
     for rows in held_out.split(8192):
         codes = dictionary.encode(rows)
         energy.index_add_(0, codes.latents, codes.values.square())
-        n_on += int((codes.values > 0).sum())
         fidelity.update(rows, dictionary.decode(codes))
     # Folding the scale of training in gives codes their scale, and leaves atoms at length 1.
     return Fit(
@@ -112,5 +109,4 @@ def _measured(dictionary: MatchingPursuit, held_out: Float[Tensor, "n d_in"]) ->
         offset=dictionary.b_dec.detach(),
         energy=energy / len(held_out),
         fvu=fidelity.fvu,
-        l0=n_on / len(held_out),
     )

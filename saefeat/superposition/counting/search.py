@@ -54,12 +54,11 @@ def with_room(
     """
     tried: list[Agreement] = []
     d_sae: int | None = _last_width(best, most)
-    more = best.picks + math.ceil(best.picks / 2)
     while d_sae is not None:
+        more = best.picks + math.ceil(best.picks / 2)
         last = [compare(d_sae, n_picks, n_seeds, n_rows) for n_picks in (best.picks, more)]
         tried += last
         best = max(last, key=_agreement)
-        more = best.picks + math.ceil(best.picks / 2)
         d_sae = wider(best, most)
     return tried
 
