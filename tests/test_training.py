@@ -1,5 +1,6 @@
 """The trainer on synthetic data whose answer is known, and what it refuses."""
 
+import dataclasses
 import json
 
 import pytest
@@ -64,6 +65,27 @@ def test_a_dictionary_does_not_depend_on_what_else_is_in_the_bank(stream):
     alone = train(stream, n_tokens=5_000)["b", 2, 0]
     among = train(stream, n_tokens=5_000, expansion_factors=[0.5, 2], seeds=[1, 0])["b", 2, 0]
     assert torch.equal(alone.W_dec, among.W_dec)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        sf.TopKConfig(k=2, freeze_decoder=True),
+        sf.BatchTopKConfig(k=2, freeze_decoder=True),
+        # Dead at once, so that a run would restart them.
+        sf.StandardConfig(freeze_decoder=True, dead_after_tokens=256),
+    ],
+)
+def test_a_frozen_decoder_stays_where_it_started_while_the_rest_learns(stream, config):
+    short, long = (
+        next(iter(sf.train(stream, config, n_tokens=n, progress=False).values()))
+        for n in (512, 20_000)
+    )
+    assert torch.allclose(short.W_dec, long.W_dec, atol=1e-6)
+    assert not torch.allclose(short.W_enc, long.W_enc, atol=1e-2)
+    free = dataclasses.replace(config, freeze_decoder=False)
+    learned = next(iter(sf.train(stream, free, n_tokens=20_000, progress=False).values()))
+    assert not torch.allclose(short.W_dec, learned.W_dec, atol=1e-2)
 
 
 def test_seeds_differ(stream):

@@ -36,6 +36,9 @@ class DictionaryConfig:
     dead_after_tokens: int | None = None
     """Tokens without firing after which a latent counts as dead during training.
     None: 10 million, or a twentieth of a run that is shorter than 200 million tokens."""
+    freeze_decoder: bool = False
+    """Leave the decoder rows at the directions that they start at, and train the rest. A control:
+    random directions explain much of the variance too (Korznikov et al. 2026, arXiv:2602.14111)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

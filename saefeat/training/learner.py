@@ -39,9 +39,10 @@ class Learner:
         for parameter in dictionary.parameters():
             # Kept for the whole run: see `kernels.autograd`.
             parameter.grad = torch.zeros_like(parameter)
+        factors = dictionary.rate_factors | ({"W_dec": 0.0} if config.freeze_decoder else {})
         self.optimizer = torch.optim.Adam(
             [
-                {"params": [parameter], "factor": dictionary.rate_factors.get(name, 1.0)}
+                {"params": [parameter], "factor": factors.get(name, 1.0)}
                 for name, parameter in dictionary.named_parameters()
             ],
             lr=0.0,
@@ -102,7 +103,8 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=False)
         dictionary.normalise_decoder()
         self.dead.update(loss.codes)
-        if dictionary.restarts_dead_latents and self._restart_is_due(step, len(x)):
+        restarts = dictionary.restarts_dead_latents and not config.freeze_decoder
+        if restarts and self._restart_is_due(step, len(x)):
             self._restart(x, loss.residual)
         return {
             "loss": loss.total.detach(),
