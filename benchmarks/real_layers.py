@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import saefeat as sf
 from saefeat.models.packaged import smollm2_folder
+from saefeat.training.new_bank import group_name
 
 
 @dataclass
@@ -32,7 +33,8 @@ class Options:
     stores: Path = Path("stores")
     """Where activations are kept: 3 GB a model at the defaults."""
     models: tuple[str, ...] = ("smollm2-135m", "random")
-    layers: tuple[int, ...] = (3, 9, 15)
+    layers: tuple[str, ...] = ("3", "9", "15")
+    """Which; those that are joined by "+", as in 3+9+15, are counted jointly."""
     tokens: int = 1_000_000
     picks: tuple[int, ...] = (2, 4, 8)
     expansion_factors: tuple[float, ...] = (1, 2, 4)
@@ -49,10 +51,16 @@ def random_copy(folder: Path) -> Path:
     return folder
 
 
+def hook_of(layer: int | str) -> str:
+    """The residual stream after a block."""
+    return f"blocks.{layer}.hook_resid_post"
+
+
 def cache(name: str, options: Options) -> Path:
     """The store of a model's activations."""
     store = options.stores / name
-    hooks = [f"blocks.{layer}.hook_resid_post" for layer in sorted(options.layers)]
+    numbers = {int(layer) for layers in options.layers for layer in layers.split("+")}
+    hooks = [hook_of(layer) for layer in sorted(numbers)]
     source = random_copy(options.stores / "random-model") if name == "random" else "smollm2-135m"
     model = sf.load_model(source)
     tokens = sf.load_tokens(
@@ -81,13 +89,14 @@ def main(options: Options) -> None:
     options.stores.mkdir(parents=True, exist_ok=True)
     for name in options.models:
         store = cache(name, options)
-        for layer in options.layers:
-            hook_name = f"blocks.{layer}.hook_resid_post"
+        for layers in options.layers:
+            hooks = [hook_of(layer) for layer in layers.split("+")]
+            hook_name = group_name(hooks)
             if (name, hook_name) in done:
                 continue
-            stream = sf.ActivationStream.from_store(store, hooks=hook_name)
             count = sf.count_features(
-                stream,
+                sf.ActivationStream.from_store(store, hooks=hooks),
+                hook_name=hooks,
                 n_tokens=options.tokens,
                 picks=options.picks,
                 expansion_factors=options.expansion_factors,

@@ -52,14 +52,16 @@ class SAECounts:
     of a wider dictionary's count is splitting."""
 
 
-def count_recipe(k: int) -> BatchTopKConfig:
-    """A recipe for SAEs whose latents are to be counted.
+def count_recipe(k: int, *, freeze_decoder: bool = False) -> BatchTopKConfig:
+    """A recipe for SAEs whose latents are to be counted, or for their control, frozen ones.
 
     Of 128 planted features in 32 dimensions (density .01, 2M rows in batches of 512, 512 latents)
     this one found .92 at a cosine of .9; without the auxiliary loss .72, without annealing k
     .79, at half the rate .65, and at twice the rate .99 with 25 that are no features besides.
     """
-    return BatchTopKConfig(k=k, k_start_factor=4.0, learning_rate=2e-3)
+    return BatchTopKConfig(
+        k=k, k_start_factor=4.0, learning_rate=2e-3, freeze_decoder=freeze_decoder
+    )
 
 
 @torch.no_grad()
