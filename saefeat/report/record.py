@@ -164,24 +164,30 @@ class Report:
         folder = claim_folder(folder, what="report")
         write_tensors(folder / "features.safetensors", self.densities)
         write_bytes(folder / "density.png", png_bytes(density_histograms(self)))
+        # Last, so that a folder with a report.json is a whole one.
+        write_json(folder / "report.json", self.to_dict())
+        return folder
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the densities, ready for JSON: what is in `report.json`."""
         facts = {
             name: value for name, value in vars(self).items() if name not in ("rows", "densities")
         }
         facts["layers"] = [asdict(layer) for layer in self.layers]
         facts["rows"] = [asdict(row) for row in self.rows]
-        # Last, so that a folder with a report.json is a whole one.
-        write_json(folder / "report.json", facts)
-        return folder
+        return facts
 
     @classmethod
     def load(cls, folder: str | Path) -> "Report":
-        """Read a report that `save` wrote.
+        """Read a report that `save` wrote; of a run's folder, the one in `report/`.
 
         Raises:
             FileNotFoundError: The folder holds no report.
             ValueError: A file is damaged, or of another version.
         """
         folder = Path(folder)
+        if not (folder / "report.json").is_file() and (folder / "report/report.json").is_file():
+            folder = folder / "report"
         if not (folder / "report.json").is_file():
             raise FileNotFoundError(f"{folder} holds no report: report.json is missing.")
         facts = read_json(folder / "report.json")
