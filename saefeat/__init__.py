@@ -45,6 +45,10 @@ if TYPE_CHECKING:
     from saefeat.superposition.universality.widths import AcrossWidths as AcrossWidths
     from saefeat.superposition.universality.widths import across_widths as across_widths
     from saefeat.training.bank import Bank as Bank
+    from saefeat.training.callbacks import Callback as Callback
+    from saefeat.training.loggers import JSONLines as JSONLines
+    from saefeat.training.loggers import TensorBoard as TensorBoard
+    from saefeat.training.loggers import WeightsAndBiases as WeightsAndBiases
     from saefeat.training.plan import Plan as Plan
     from saefeat.training.plan import plan as plan
     from saefeat.training.trainer import train as train
@@ -54,15 +58,19 @@ _HOMES = {
     "ActivationStore": "saefeat.activations.store",
     "ActivationStream": "saefeat.activations.stream",
     "Bank": "saefeat.training.bank",
+    "Callback": "saefeat.training.callbacks",
     "CalibratedCount": "saefeat.superposition.calibration.calibrated_count",
     "Codes": "saefeat.kernels.codes",
     "Dictionary": "saefeat.dictionaries.base",
     "FeatureCount": "saefeat.superposition.counting.feature_count",
+    "JSONLines": "saefeat.training.loggers",
     "Plan": "saefeat.training.plan",
     "Report": "saefeat.report.record",
     "SyntheticActivations": "saefeat.activations.synthetic",
+    "TensorBoard": "saefeat.training.loggers",
     "Tokens": "saefeat.activations.tokens",
     "Universality": "saefeat.superposition.universality.result",
+    "WeightsAndBiases": "saefeat.training.loggers",
     "StandardConfig": "saefeat.dictionaries.standard",
     "CrosscoderConfig": "saefeat.dictionaries.crosscoder",
     "L1CrosscoderConfig": "saefeat.dictionaries.crosscoder",

@@ -1,5 +1,7 @@
 """Flags in, calls out; no logic."""
 
+import argparse
+import inspect
 import io
 import re
 import sys
@@ -96,7 +98,12 @@ def cache(
     )
 
 
-def plan(job: Flags, out: Path = Path("saefeat-run"), json: bool = False) -> None:
+def plan(
+    job: Flags,
+    config: Path | None = None,
+    out: Path = Path("saefeat-run"),
+    json: bool = False,
+) -> None:
     """Say what a training run costs in memory, disk, FLOPs and time, before anything starts.
 
     A run that does not fit is refused, with the option that would make it fit.
@@ -105,6 +112,7 @@ def plan(job: Flags, out: Path = Path("saefeat-run"), json: bool = False) -> Non
 
     Args:
         job: The run.
+        config: The config.json of an earlier run, whose options hold where no flag says otherwise.
         out: The folder that the run would make. Nothing is written there.
         json: Print JSON instead of a table.
     """
@@ -118,7 +126,13 @@ def plan(job: Flags, out: Path = Path("saefeat-run"), json: bool = False) -> Non
     print(dumps(cost.to_dict(), indent=2) if json else cost)
 
 
-def train(job: Flags, out: Path = Path("saefeat-run"), resume: bool = False) -> None:
+def train(
+    job: Flags,
+    config: Path | None = None,
+    out: Path = Path("saefeat-run"),
+    resume: bool = False,
+    json: bool = False,
+) -> None:
     """Train dictionaries of every hook, width and seed in one pass over the text.
 
     A run that does not fit in memory or on the disk is refused before it starts.
@@ -127,19 +141,123 @@ def train(job: Flags, out: Path = Path("saefeat-run"), resume: bool = False) -> 
 
     Args:
         job: The run.
+        config: The config.json of an earlier run, whose options hold where no flag says otherwise.
         out: A new folder for the trained dictionaries.
-        resume: Go on with the run in that folder.
+        resume: Go on with the run in that folder, by its own config.json.
+        json: Print JSON: the plan, and the folder of each dictionary.
     """
+    from json import dumps
+
     from saefeat.core.files import check_unclaimed
+    from saefeat.training.bank import dictionary_folder
 
     if not resume:
         check_unclaimed(out)
     job.config()
     stream = job.stream()
-    if not resume:
-        print(job.plan(stream, out).summary, flush=True)
+    cost = None if resume else job.plan(stream, out)
+    if cost is not None and not json:
+        print(cost.summary, flush=True)
     bank = job.train(stream, out, resume=resume)
-    print(f"{bank}: {out}/saes (SAELens opens them too)")
+    folders = [str(dictionary_folder(out / "saes", key)) for key in bank]
+    facts = {"plan": cost and cost.to_dict(), "dictionaries": folders}
+    print(dumps(facts, indent=2) if json else f"{bank}: {out}/saes (SAELens opens them too)")
+
+
+def measure(
+    run: tyro.conf.Positional[Path],
+    store: str | None = None,
+    model: str | None = None,
+    text: Path | None = None,
+    tokens: int = 100_000,
+    ce_tokens: int = 4096,
+    ablation: Literal["zero", "mean"] = "zero",
+    counts: int | None = None,
+    device: str = "auto",
+    out: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Measure dictionaries on held-out tokens: L0, density, FVU, loss recovered, features.
+
+    Example: saefeat measure runs/x --tokens 50000 --counts 300000
+
+    Args:
+        run: The folder of a run, or of one dictionary (SAELens, Gemma Scope, sparsify, …).
+        store: What `saefeat cache` wrote, to read instead of a text. No loss is measured then.
+        model: Default: the model that the dictionaries are of.
+        text: A text file or folder. Default: what `saefeat train` held out of its text.
+        tokens: Held-out activations to measure on.
+        ce_tokens: Tokens for the loss recovered, each read once a dictionary; 0 leaves it out.
+        ablation: What the loss is recovered from.
+        counts: Activations to count the features of each hook on, read ten to twenty times.
+            Default: no count.
+        device: "auto" is CUDA where there is one, else "cpu".
+        out: A new folder for the report. Default: "report" in the run's folder.
+        json: Print report.json instead of a table.
+    """
+    from json import dumps
+
+    from saefeat.measuring import measure_run
+
+    report, folder = measure_run(
+        run,
+        store=store,
+        model=model,
+        text=text,
+        tokens=tokens,
+        ce_tokens=ce_tokens,
+        ablation=ablation,
+        counts=counts,
+        device=device,
+        out=out,
+    )
+    print(dumps(report.to_dict(), indent=2) if json else f"{report}\n\nReport: {folder}")
+
+
+def report(
+    folders: tyro.conf.Positional[tuple[Path, ...]],
+    out: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Print a report, or several side by side.
+
+    Example: saefeat report runs/a runs/b
+
+    Args:
+        folders: Folders of reports, or of runs that have one.
+        out: A new folder to write the report to, as this version writes it. Of one report only.
+        json: Print JSON instead of a table.
+    """
+    from json import dumps
+
+    from saefeat.report.compare import read_reports
+
+    shown = read_reports(folders, out)
+    print(dumps(shown.to_dict(), indent=2) if json else shown)
+
+
+def export(
+    source: tyro.conf.Positional[Path],
+    hooks: tuple[str, ...] = ("*",),
+    out: Path = Path("saes"),
+    json: bool = False,
+) -> None:
+    """Write dictionaries as folders that SAELens opens, those of a crosscoder hook by hook.
+
+    Example: saefeat export runs/x --hooks "blocks.1*" --out saes
+
+    Args:
+        source: The folder of a run, or of one dictionary (Gemma Scope, sparsify, …).
+        hooks: Hook points, or patterns of them.
+        out: A new folder.
+        json: Print the folders as JSON.
+    """
+    from json import dumps
+
+    from saefeat.exporting import export as write
+
+    folders = [str(folder) for folder in write(source, out, hooks=hooks)]
+    print(dumps(folders, indent=2) if json else "\n".join(folders))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -147,6 +265,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "cache": cache,
     "train": train,
+    "measure": measure,
+    "report": report,
+    "export": export,
 }
 
 
@@ -154,27 +275,32 @@ def main(arguments: list[str] | None = None) -> None:
     """The command `saefeat`. Exits with 2 and one line on a bad option or input."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
-    command = _parse([argument for argument in arguments if argument != "--debug"])
     try:
-        command()
+        _parse([argument for argument in arguments if argument != "--debug"])()
     except KeyboardInterrupt as stop:
         # 130 is what shells say of a program that SIGINT ended.
         _exit_with(str(stop) or "interrupted", 130)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, KeyError, OSError, ImportError) as error:
         if debug:
             raise
-        _exit_with(str(error))
+        # str of a KeyError puts its message in quotation marks.
+        _exit_with(str(error.args[0] if isinstance(error, KeyError) else error))
 
 
 def _parse(arguments: list[str]) -> Callable[[], None]:
     """The call that the arguments ask for."""
     complaint = io.StringIO()
+    described = _described_by(arguments)
+    job = None if described is None else Job.of_run(described)
     try:
         with redirect_stderr(complaint):
             command: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
-                {name: _unstarted(command) for name, command in COMMANDS.items()},
+                {name: _unstarted(command, job) for name, command in COMMANDS.items()},
                 prog="saefeat",
-                description="Sparse dictionaries on language models. --debug shows tracebacks.",
+                description=(
+                    "Sparse dictionaries on language models. --debug shows tracebacks; "
+                    "--tyro-write-completion bash FILE writes completions (or zsh, fish)."
+                ),
                 args=arguments,
             )
     except SystemExit as exit_request:
@@ -184,13 +310,40 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
     return command
 
 
-def _unstarted(command: Callable[..., None]) -> Callable[..., Any]:
-    """The same signature, but the call is handed back instead of made."""
+def _described_by(arguments: list[str]) -> Path | None:
+    """The config.json whose options are the defaults of the flags; None if they have their own."""
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    known.add_argument("--config", type=Path)
+    known.add_argument("--out", type=Path, default=Path("saefeat-run"))
+    known.add_argument("--resume", action="store_true")
+    try:
+        flags, _ = known.parse_known_args(arguments[1:])
+    except argparse.ArgumentError:
+        return None  # tyro says what is wrong with it.
+    if arguments[:1] not in (["plan"], ["train"]):
+        return None
+    own: Path = flags.out / "config.json"
+    described: Path | None = flags.config
+    return own if described is None and flags.resume and own.is_file() else described
+
+
+def _unstarted(command: Callable[..., None], job: Job | None) -> Callable[..., Any]:
+    """The same signature, but the call is handed back instead of made.
+
+    `job` is where the flags of a run begin; None for the defaults of `Job`.
+    """
 
     @wraps(command)
     def bound(*args: Any, **kwargs: Any) -> Callable[[], None]:
         return partial(command, *args, **kwargs)
 
+    if job is not None:
+        signature = inspect.signature(command)
+        parameters = [
+            one.replace(default=job) if name == "job" else one
+            for name, one in signature.parameters.items()
+        ]
+        vars(bound)["__signature__"] = signature.replace(parameters=parameters)
     return bound
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sysconfig
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -91,6 +91,43 @@ class Job:
                 )
         return config_type(**chosen)
 
+    @classmethod
+    def of_run(cls, config: str | Path) -> Job:
+        """The job of an earlier run, as its `config.json` has it.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is damaged, or no `saefeat train` wrote it.
+        """
+        from saefeat.core.files import read_json
+
+        written = read_json(config)
+        notes = written.get("notes") if isinstance(written, dict) else None
+        job = notes.get("job") if isinstance(notes, dict) else None
+        if not isinstance(job, dict):
+            raise ValueError(
+                f"{config} does not say which text was read, since no `saefeat train` wrote it. "
+                "Describe the run by flags."
+            )
+        unknown = set(job) - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(
+                f"{config} has the unknown option {sorted(unknown)[0]!r}: another version of "
+                "saefeat wrote it. Describe the run by flags."
+            )
+        # JSON has neither tuples nor paths.
+        made: dict[str, Any] = {
+            name: tuple(one) if isinstance(one, list) else one for name, one in job.items()
+        }
+        if made.get("text") is not None:
+            made["text"] = Path(made["text"])
+        return cls(**made)
+
+    @property
+    def _as_json(self) -> dict[str, Any]:
+        """What `of_run` reads, wherever it is called."""
+        return {**asdict(self), "text": None if self.text is None else str(self.text.resolve())}
+
     @property
     def config_type(self) -> type[DictionaryConfig]:
         """The config of `kind`, which is an architecture's name but for its hyphens."""
@@ -101,8 +138,20 @@ class Job:
             name = "matching_pursuit_refit"
         return ARCHITECTURES[name].config_type
 
-    def stream(self) -> ActivationStream:
-        """The activations; the model is loaded, and the text tokenised.
+    def language_model(self) -> Any:
+        """The TransformerLens model, loaded.
+
+        Raises:
+            OSError: There is no such model.
+        """
+        from saefeat.models.load import load_model
+        from saefeat.models.packaged import quiet_transformers
+
+        with quiet_transformers():
+            return load_model(self.model, device=self.device)
+
+    def stream(self, model: Any = None) -> ActivationStream:
+        """The activations, the text tokenised; of `model` if it has been loaded already.
 
         Raises:
             ValueError: The text is empty, or an option is out of range.
@@ -110,13 +159,11 @@ class Job:
         """
         from saefeat.activations.stream import ActivationStream
         from saefeat.activations.tokens import load_tokens
-        from saefeat.models.load import load_model
-        from saefeat.models.packaged import quiet_transformers
 
         if self.tokens < 1:
             raise ValueError(f"--tokens must be 1 or more, got {self.tokens}.")
-        with quiet_transformers():
-            model = load_model(self.model, device=self.device)
+        if model is None:
+            model = self.language_model()
         context_size = min(self.context_size, model.cfg.n_ctx)
         tokens = load_tokens(
             Path(sysconfig.get_path("stdlib")) if self.text is None else self.text,
@@ -149,7 +196,13 @@ class Job:
         from saefeat.training.trainer import train
 
         return train(
-            stream, self.config(), out=out, resume=resume, progress=progress, **self._options
+            stream,
+            self.config(),
+            out=out,
+            resume=resume,
+            progress=progress,
+            notes={"job": self._as_json},
+            **self._options,
         )
 
     @property

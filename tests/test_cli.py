@@ -5,14 +5,22 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 from tiny_models import VOCABULARY, save_tiny_llama
 
 import saefeat as sf
+from saefeat.cli import COMMANDS
+from saefeat.dictionaries.base import Origin
+from saefeat.dictionaries.crosscoder import Crosscoder
 from saefeat.dictionaries.registry import KINDS
+from saefeat.exporting import export
 from saefeat.job import Job, Kind
+
+REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +39,13 @@ def text(tmp_path_factory):
     return folder
 
 
-def saefeat(*arguments):
+def saefeat(*arguments, cwd=None):
     return subprocess.run(
         [sys.executable, "-m", "saefeat", *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)},
+        cwd=cwd,
     )
 
 
@@ -139,6 +148,134 @@ def test_an_interrupted_training_says_how_to_go_on_and_goes_on(local_model, text
     assert_refused(other, "its dictionaries is")
 
 
+@pytest.fixture(scope="module")
+def run(local_model, text, tmp_path_factory):
+    """Two layers, two seeds, trained from the command line in the folder of the text."""
+    out = tmp_path_factory.mktemp("run") / "x"
+    options = ("--model", local_model, "--text", ".", *SMALL, "--k", 4, "--seeds", 0, 1)
+    hooks = ("--hooks", "blocks.[12].hook_resid_post", "--expansion-factors", 2)
+    finished = saefeat("train", *options, *hooks, "--out", out, "--json", cwd=text)
+    assert finished.returncode == 0, finished.stderr
+    trained = json.loads(finished.stdout)
+    assert trained["plan"]["n_dictionaries"] == 4
+    assert sorted(sf.load_dictionary(one).origin.seed for one in trained["dictionaries"]) == [
+        *(0, 0, 1, 1)
+    ]
+    return out
+
+
+def test_a_run_is_described_by_the_config_of_another_and_flags_win(run, tmp_path):
+    out = tmp_path / "again"
+    described = ("--config", run / "config.json", "--out", out)
+    again = saefeat("train", *described, "--seeds", 1, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    first, second = sf.Bank.load(run), sf.Bank.load(out)
+    assert set(second) == {key for key in first if key[2] == 1}
+    for key, one in second.items():
+        assert torch.equal(one.W_dec, first[key].W_dec)
+    shown = saefeat("plan", *described, "--help").stdout
+    assert "Say what a training run costs" in shown
+    assert "'blocks.[12].hook_resid_post'" in shown
+    (tmp_path / "config.json").write_text(json.dumps({"model": "of a script"}))
+    refused = saefeat("train", "--config", tmp_path / "config.json")
+    assert_refused(refused, "no `saefeat train` wrote it")
+    assert_refused(saefeat("plan", "--config", "absent.json"), "absent.json")
+
+
+def test_resume_needs_no_more_than_the_folder_of_the_run(run):
+    finished = saefeat("train", "--out", run, "--resume")
+    assert finished.returncode == 0, finished.stderr
+    assert "Bank of 4 dictionaries" in finished.stdout
+    assert_refused(saefeat("train", "--out", run, "--resume", "--k", 3), "its dictionaries is")
+
+
+def test_measure_reads_what_the_run_held_out_and_report_compares(run, text, local_model, tmp_path):
+    options = ("--tokens", 150, "--ce-tokens", 64)
+    finished = saefeat("measure", run, *options)
+    assert finished.returncode == 0, finished.stderr
+    assert "measuring: 100%" in finished.stderr
+    report = sf.Report.load(run)
+    assert report.n_tokens == 150
+    assert all(row.ce_loss_recovered is not None for row in report.rows)
+    assert f"{report}\n\nReport: {run}/report" in finished.stdout
+    # The same tokens as in a script that holds out the same.
+    job = Job.of_run(run / "config.json")
+    bank = sf.Bank.load(run)
+    again = sf.measure(bank, job.stream(), n_tokens=150)
+    assert [row.l0 for row in again.rows] == [row.l0 for row in report.rows]
+    assert_refused(saefeat("measure", run, *options), "never overwrites")
+    # One dictionary of it, on a text that is named, beside the run.
+    one = run / "saes" / "blocks.2.hook_resid_post" / "x2-seed1"
+    single = ("--text", text, "--model", local_model, "--out", tmp_path / "one", "--json")
+    measured = json.loads(saefeat("measure", one, *options, *single).stdout)
+    assert [row["seed"] for row in measured["rows"]] == [1]
+    assert_refused(saefeat("measure", one, "--out", tmp_path / "two"), "give --text and --model")
+    compared = saefeat("report", run, tmp_path / "one")
+    assert compared.stdout.count("blocks.2.hook_resid_post ") == 3, compared.stderr
+    rows = json.loads(saefeat("report", run, tmp_path / "one", "--json").stdout)["rows"]
+    assert [row["report"] for row in rows].count(str(tmp_path / "one")) == 1
+    assert str(report) in saefeat("report", run).stdout
+    copied = saefeat("report", run, "--out", tmp_path / "copy", "--json")
+    assert json.loads(copied.stdout) == json.loads((tmp_path / "copy/report.json").read_text())
+    assert_refused(saefeat("report", run, run), "different ones")
+    assert_refused(saefeat("report", tmp_path), "report.json is missing")
+
+
+def test_measure_counts_features_and_reads_a_store(run, tmp_path):
+    job = Job.of_run(run / "config.json")
+    sf.cache_activations(job.stream(), tmp_path / "acts", 1500, progress=False)
+    options = ("--store", tmp_path / "acts", "--tokens", 100, "--counts", 1000)
+    finished = saefeat("measure", run, *options, "--out", tmp_path / "report")
+    assert finished.returncode == 0, finished.stderr
+    report = sf.Report.load(tmp_path / "report")
+    assert len(report.layers) == 2
+    assert all("count_features" in layer.n_features["method"] for layer in report.layers)
+    assert all(row.ce_loss_recovered is None for row in report.rows)
+    absent = saefeat("measure", run, "--store", tmp_path / "none", "--out", tmp_path / "r")
+    assert_refused(absent, "none")
+
+
+def test_export_writes_what_sae_lens_opens(run, tmp_path):
+    hooks = ("--hooks", "*.1.*")
+    finished = saefeat("export", run, *hooks, "--out", tmp_path / "saes", "--json")
+    assert finished.returncode == 0, finished.stderr
+    folders = json.loads(finished.stdout)
+    assert len(folders) == 2
+    from sae_lens import SAE
+
+    x = torch.randn(5, 32)
+    for folder in folders:
+        own, theirs = sf.load_dictionary(folder), SAE.load_from_disk(folder)
+        assert own.hook_name == "blocks.1.hook_resid_post"
+        torch.testing.assert_close(theirs.encode(x), own.encode(x).to_dense())
+    again = saefeat("export", folders[0], "--out", tmp_path / "one")
+    assert again.stdout.strip() == str(tmp_path / "one")
+    assert (tmp_path / "one" / "cfg.json").is_file()
+    assert_refused(saefeat("export", run, "--out", tmp_path / "saes"), "never overwrites")
+    assert_refused(saefeat("export", run, "--hooks", "x", "--out", "unmade"), "is of x; it has")
+    assert_refused(saefeat("export", tmp_path / "none"), "no trained dictionaries")
+
+
+def test_a_crosscoder_is_exported_hook_by_hook(tmp_path):
+    origin = Origin(hook_name="both", hook_widths={"a": 3, "b": 3}, expansion_factor=2.0, seed=0)
+    crosscoder = Crosscoder(sf.CrosscoderConfig(k=2), 6, 6, origin)
+    crosscoder.initialise(torch.Generator(), torch.zeros(6), torch.randn(9, 6), torch.randn(9, 6))
+    sf.Bank({("both", 2.0, 0): crosscoder}).save(tmp_path / "saes")
+    folders = export(tmp_path / "saes", tmp_path / "out", hooks=("b",), progress=False)
+    assert folders == [tmp_path / "out" / "both" / "b" / "x2-seed0"]
+    torch.testing.assert_close(
+        sf.load_dictionary(folders[0]).W_dec, crosscoder.layer("b").W_dec.detach()
+    )
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands_and_options(shell):
+    finished = saefeat("--tyro-print-completion", shell)
+    assert finished.returncode == 0, finished.stderr
+    assert "measure" in finished.stdout
+    assert "expansion-factors" in finished.stdout
+
+
 def assert_refused(finished, message):
     assert finished.returncode == 2
     (line,) = finished.stderr.strip().splitlines()
@@ -204,11 +341,12 @@ def test_debug_shows_the_traceback():
     assert "Traceback" in finished.stderr
 
 
-@pytest.mark.parametrize("command", ["demo", "plan", "train"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_defaults_and_an_example(command):
     finished = saefeat(command, "--help")
     assert finished.returncode == 0
-    assert "smollm2-135m" in finished.stdout
+    assert "(default: " in finished.stdout.replace("\n", " ")
+    assert "--out " in finished.stdout
     assert f"Example: saefeat {command}" in finished.stdout
 
 

@@ -5,8 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from saefeat.activations.sources import Batch
 from saefeat.activations.store_claim import (
     check_first_rows,
@@ -28,6 +26,7 @@ from saefeat.activations.stream import ActivationStream
 from saefeat.activations.tokens import Tokens
 from saefeat.core.folders import LocalFolder, RemoteFolder, open_folder
 from saefeat.core.locks import WriterLock
+from saefeat.core.progress import progress_bar
 
 SHARD_BYTES = 128 * 2**20
 """Size of a shard, unless told otherwise: three of them are the memory that writing takes."""
@@ -182,7 +181,9 @@ def _write_rows(
     index = writer.index
     run = index.runs[-1]
     number = len(index.runs) - 1
-    with tqdm(total=sum(wanted.values()), unit="tok", desc="caching", disable=not progress) as bar:
+    with progress_bar(
+        total=sum(wanted.values()), unit="tok", desc="caching", shown=progress
+    ) as bar:
         for split, n_wanted in wanted.items():
             n_done = index.n_rows(split, number)
             if n_done >= n_wanted:

@@ -6,7 +6,7 @@ reconstructed (d_in again, but for transcoders), d_sae latents, nnz stored entri
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from saefeat.core.html import table
 from saefeat.kernels import stock
 from saefeat.kernels.codes import Codes
 from saefeat.kernels.dispatch import Kernels
@@ -307,6 +308,17 @@ class Dictionary(nn.Module, ABC):
         """This dictionary, its origin changed in place."""
         self.origin = replace(self.origin, **changes)  # type: ignore[arg-type]
         return self
+
+    def _repr_html_(self) -> str:
+        origin = {
+            name: value for name, value in asdict(self.origin).items() if value not in (None, "")
+        }
+        facts = {"d_in": self.d_in, "d_out": self.d_out, "d_sae": self.d_sae}
+        return table(
+            f"{type(self).__name__} of {self.hook_name or 'an unnamed hook'}",
+            (),
+            [*facts.items(), *origin.items(), *asdict(self.config).items()],
+        )
 
     def extra_repr(self) -> str:
         predicted = f" -> {self.origin.target_hook_name!r}" if self.is_transcoder else ""

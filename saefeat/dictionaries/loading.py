@@ -15,6 +15,11 @@ LAYOUTS = {
 """The files that tell whose layout a folder has, and what reads it."""
 
 
+def holds_dictionary(folder: Path) -> bool:
+    """Whether `load_dictionary` knows the layout of a folder."""
+    return any(all((folder / name).is_file() for name in files) for files in LAYOUTS)
+
+
 def load_dictionary(source: str | Path, sae_id: str | None = None) -> Dictionary:
     """Open a dictionary from a folder, or from SAELens's registry.
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import saefeat
 from saefeat.activations.stream import ActivationStream
+from saefeat.core.progress import progress_bar
 from saefeat.dictionaries.base import Dictionary
 from saefeat.dictionaries.crosscoder import AcrossHooks
 from saefeat.metrics.fidelity import FidelitySums
@@ -91,7 +91,9 @@ def measure(
     }
     row_sums = {name: torch.zeros(stream.widths[name], dtype=torch.float64) for name in wanted}
     n_seen = 0
-    bar = tqdm(unit="tok", desc="measuring", disable=not progress)
+    bar = progress_bar(
+        total=min(n_tokens, stream.n_held_out_rows), unit="tok", desc="measuring", shown=progress
+    )
     for batch in stream.held_out_batches(n_tokens):
         n_seen += len(next(iter(batch.values())))
         bar.update(n_seen - bar.n)
@@ -154,11 +156,11 @@ def _losses(
     clean = evaluation.clean()
     losses: dict[Key, dict[str, float]] = {}
     ablated: dict[str, float] = {}
-    for key, dictionary in tqdm(
-        bank.items(), desc="loss recovered", unit="dictionary", disable=not progress
-    ):
-        if dictionary.reads_several_hooks:
-            continue
+    measurable = {key: one for key, one in bank.items() if not one.reads_several_hooks}
+    bar = progress_bar(
+        total=len(measurable), unit="dictionary", desc="loss recovered", shown=progress
+    )
+    for key, dictionary in measurable.items():
         target = bank.targets[key]
         if target not in ablated:
             mean = means[target] if ablation == "mean" else torch.zeros_like(means[target])
@@ -169,6 +171,8 @@ def _losses(
             "ce_loss_ablated": ablated[target],
             "ce_loss_recovered": ce_loss_recovered(clean, spliced, ablated[target]),
         }
+        bar.update()
+    bar.close()
     facts = {"clean": clean, "ablation": ablation, "n_tokens": evaluation.tokens.ids.numel()}
     return losses, facts
 

@@ -1,9 +1,10 @@
 """What a measurement found: one row a dictionary, one summary a layer, and their files."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -15,9 +16,26 @@ from saefeat.core.files import (
     write_json,
     write_tensors,
 )
+from saefeat.core.html import table
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Quantiles of log10 density that a row reports, over the latents that fired."""
+COLUMNS = {
+    "hook": 28,
+    "latents": 8,
+    "seed": 4,
+    "alive": 7,
+    "per neuron": 10,
+    "eff.": 7,
+    "L0": 6,
+    "FVU": 6,
+    "CE rec.": 7,
+    "log10 density (5/50/95 %)": 26,
+}
+"""Columns of a table of rows, and the characters that each takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +82,24 @@ class Row:
     """FVU at each hook that a crosscoder reads; None for a dictionary of one hook."""
     layer_profile: dict[str, Any] | None = None
     """How a crosscoder's latents that fired lie over its hooks; see `metrics.layers`."""
+
+    @property
+    def cells(self) -> list[str]:
+        """What a table says of it, in the order of `COLUMNS`."""
+        recovered = self.ce_loss_recovered
+        spread = [self.density_quantiles.get(str(q)) for q in (0.05, 0.5, 0.95)]
+        return [
+            self.hook_name,
+            f"{self.d_sae:,}",
+            f"{self.seed}",
+            f"{self.n_alive:,}",
+            f"{self.features_per_neuron:.2f}",
+            f"{self.effective_features:,.0f}",
+            f"{self.l0:.1f}",
+            f"{self.fvu:.3f}",
+            "–" if recovered is None else f"{recovered:.3f}",
+            " / ".join("–" if value is None else f"{value:.1f}" for value in spread),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,22 +149,43 @@ class Report:
     """Density of every latent [d_sae], by `<hook_name>/x<expansion_factor>-seed<seed>`."""
 
     def __str__(self) -> str:
-        lines = [f"{self.model or 'activations'}: {self.n_tokens:,} held-out tokens"]
-        header = (
-            f"{'hook':<28} {'latents':>8} {'seed':>4} {'alive':>7} {'per neuron':>10} "
-            f"{'eff.':>7} {'L0':>6} {'FVU':>6} {'CE rec.':>7} {'log10 density (5/50/95 %)':>26}"
-        )
-        lines += [header, "-" * len(header)]
-        for row in self.rows:
-            recovered = row.ce_loss_recovered
-            spread = [row.density_quantiles.get(str(q)) for q in (0.05, 0.5, 0.95)]
-            density = " / ".join("–" if value is None else f"{value:.1f}" for value in spread)
-            lines.append(
-                f"{row.hook_name:<28} {row.d_sae:>8,} {row.seed:>4} {row.n_alive:>7,} "
-                f"{row.features_per_neuron:>10.2f} {row.effective_features:>7,.0f} {row.l0:>6.1f} "
-                f"{row.fvu:>6.3f} {'–' if recovered is None else f'{recovered:.3f}':>7} "
-                f"{density:>26}"
-            )
+        header = _line(list(COLUMNS))
+        lines = [self._title, header, "-" * len(header)]
+        lines += [_line(row.cells) for row in self.rows]
+        return "\n".join([*lines, *self._notes])
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return table(self._title, list(COLUMNS), [row.cells for row in self.rows], self._notes)
+
+    def to_dataframe(self) -> "DataFrame":
+        """A pandas DataFrame with a line for each dictionary.
+
+        Columns are those of `Row`; what a row has by name is a column each, such as
+        "density_quantiles.0.5".
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        try:
+            from pandas import json_normalize
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "A data frame needs the package pandas, which is not installed. Run: pip install "
+                "pandas"
+            ) from error
+        return json_normalize([asdict(row) for row in self.rows])
+
+    @property
+    def _title(self) -> str:
+        return f"{self.model or 'activations'}: {self.n_tokens:,} held-out tokens"
+
+    @property
+    def _notes(self) -> list[str]:
+        """What there is to say below the table."""
+        lines = []
         for row in self.rows:
             if row.layer_profile is not None:
                 lines.append(
@@ -151,7 +208,7 @@ class Report:
                 f"{self.left_out['outlier_rows']} of {self.left_out['positions_read']:,} positions "
                 "were left out as attention sinks (norm far above the median)."
             )
-        return "\n".join(lines)
+        return lines
 
     def save(self, folder: str | Path) -> Path:
         """Write `report.json`, `features.safetensors` and `density.png` into a new folder.
@@ -164,24 +221,30 @@ class Report:
         folder = claim_folder(folder, what="report")
         write_tensors(folder / "features.safetensors", self.densities)
         write_bytes(folder / "density.png", png_bytes(density_histograms(self)))
+        # Last, so that a folder with a report.json is a whole one.
+        write_json(folder / "report.json", self.to_dict())
+        return folder
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the densities, ready for JSON: what is in `report.json`."""
         facts = {
             name: value for name, value in vars(self).items() if name not in ("rows", "densities")
         }
         facts["layers"] = [asdict(layer) for layer in self.layers]
         facts["rows"] = [asdict(row) for row in self.rows]
-        # Last, so that a folder with a report.json is a whole one.
-        write_json(folder / "report.json", facts)
-        return folder
+        return facts
 
     @classmethod
     def load(cls, folder: str | Path) -> "Report":
-        """Read a report that `save` wrote.
+        """Read a report that `save` wrote; of a run's folder, the one in `report/`.
 
         Raises:
             FileNotFoundError: The folder holds no report.
             ValueError: A file is damaged, or of another version.
         """
         folder = Path(folder)
+        if not (folder / "report.json").is_file() and (folder / "report/report.json").is_file():
+            folder = folder / "report"
         if not (folder / "report.json").is_file():
             raise FileNotFoundError(f"{folder} holds no report: report.json is missing.")
         facts = read_json(folder / "report.json")
@@ -194,6 +257,11 @@ class Report:
             raise ValueError(
                 f"{folder / 'report.json'} is not a report of this version ({error})."
             ) from error
+
+
+def _line(cells: Sequence[str]) -> str:
+    first, *others = zip(cells, COLUMNS.values(), strict=True)
+    return f"{first[0]:<{first[1]}} " + " ".join(f"{cell:>{width}}" for cell, width in others)
 
 
 def layer_number(hook_name: str) -> int | None:

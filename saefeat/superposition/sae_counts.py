@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from saefeat.activations.stream import ActivationStream
+from saefeat.core.progress import progress_bar
 from saefeat.dictionaries.base import Dictionary
 from saefeat.dictionaries.batch_topk import BatchTopKConfig
 from saefeat.metrics.contribution import AblationCosts
@@ -105,7 +105,9 @@ def sae_counts(
     sparsity = {key: SparsityCounts(one.W_dec.norm(dim=1)) for key, one in measured.items()}
     costs = {key: AblationCosts(one.W_dec) for key, one in measured.items()}
     n_seen = 0
-    bar = tqdm(unit="tok", desc="counting", disable=not progress)
+    bar = progress_bar(
+        total=min(n_tokens, stream.n_held_out_rows), unit="tok", desc="counting", shown=progress
+    )
     for batch in stream.held_out_batches(n_tokens):
         n_seen += len(next(iter(batch.values())))
         bar.update(n_seen - bar.n)

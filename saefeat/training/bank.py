@@ -5,7 +5,7 @@ from pathlib import Path
 
 from saefeat.activations.hooks import natural_order
 from saefeat.dictionaries.base import Dictionary
-from saefeat.dictionaries.loading import load_dictionary
+from saefeat.dictionaries.loading import holds_dictionary, load_dictionary
 
 Key = tuple[str, float, int]
 """`(hook_name, expansion_factor, seed)`."""
@@ -59,7 +59,7 @@ class Bank(Mapping[Key, Dictionary]):
 
     @classmethod
     def load(cls, folder: str | Path) -> "Bank":
-        """Open a run folder, or the `saes` folder in it.
+        """Open a run folder, the `saes` folder in it, or the folder of one dictionary.
 
         Raises:
             FileNotFoundError: It holds no dictionaries. A run writes them at its end.
@@ -67,18 +67,22 @@ class Bank(Mapping[Key, Dictionary]):
         folder = Path(folder)
         saes = folder / "saes" if (folder / "saes").is_dir() else folder
         paths = sorted(saes.glob("*/*/cfg.json"), key=lambda path: natural_order(str(path)))
-        loaded = [load_dictionary(path.parent) for path in paths]
+        folders = [path.parent for path in paths]
+        if not folders and holds_dictionary(folder):
+            folders = [folder]
+        loaded = [load_dictionary(one) for one in folders]
         if not loaded:
             raise FileNotFoundError(
                 f"{folder} holds no trained dictionaries (no saes/<hook>/<label>/cfg.json). "
                 "A run writes them when it ends: was it interrupted?"
             )
-        return cls(
-            {
-                (one.hook_name, one.origin.expansion_factor or 0.0, one.origin.seed or 0): one
-                for one in loaded
-            }
-        )
+        return cls({_key(one): one for one in loaded})
+
+
+def _key(dictionary: Dictionary) -> Key:
+    origin = dictionary.origin
+    expansion_factor = origin.expansion_factor or dictionary.d_sae / dictionary.mean_width
+    return dictionary.hook_name, expansion_factor, origin.seed or 0
 
 
 def dictionary_folder(saes: Path, key: Key) -> Path:

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from saefeat.activations.shuffle import ShuffleBuffer
 from saefeat.activations.stream import ActivationStream
 from saefeat.core import memory
 from saefeat.core.devices import fastest_dtype, resolve_device
 from saefeat.core.files import check_unclaimed
+from saefeat.core.progress import progress_bar
 from saefeat.dictionaries.base import Dictionary, DictionaryConfig
 from saefeat.dictionaries.gated import GatedConfig
 from saefeat.dictionaries.matching_pursuit import MatchingPursuitConfig
@@ -197,7 +197,7 @@ def plan(
         device_parts = {"model": memory.device_bytes(device), **device_parts}
     alike = hooks_alike(run)
     dictionary_seconds = 0.0
-    with tqdm(total=1 + len(alike), desc="planning", disable=not progress) as bar:
+    with progress_bar(total=1 + len(alike), unit="part", desc="planning", shown=progress) as bar:
         chunks, seconds_per_row, flops_per_row = measure_reading(stream)
         bar.update()
         rows = rows_of(chunks, stream.batch_size)

@@ -24,6 +24,8 @@ from saefeat.training.checkpoint import Checkpoint, load_newest
 
 MAY_DIFFER = ("torch", "threads")
 """Entries of `config.json` that may be others when a run is gone on with."""
+NOT_COMPARED = ("notes",)
+"""Entries that decide nothing."""
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +104,7 @@ class RunFolder:
         if not isinstance(written, dict):
             raise ValueError(f"{path} does not describe a run.")
         for name in {**written, **asked}:
-            if written.get(name) == asked.get(name):
+            if name in NOT_COMPARED or written.get(name) == asked.get(name):
                 continue
             if name not in MAY_DIFFER:
                 raise ValueError(

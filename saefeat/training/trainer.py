@@ -1,31 +1,37 @@
 """`train`: a bank of dictionaries from one pass over a stream."""
 
+import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 from saefeat.activations.batches import TrainingBatches
 from saefeat.activations.sources import Batch
 from saefeat.activations.stream import ActivationStream
 from saefeat.core.devices import fastest_dtype, resolve_device
+from saefeat.core.progress import progress_bar
 from saefeat.dictionaries.base import Dictionary, DictionaryConfig
 from saefeat.kernels.dispatch import choose_kernels
 from saefeat.training.bank import Bank, Key
 from saefeat.training.bank_learner import BankLearner
+from saefeat.training.callbacks import Callback, Listeners
 from saefeat.training.checkpoint import Checkpoint, save_checkpoint
 from saefeat.training.fitting import check_fit
 from saefeat.training.interruption import RunInterrupted, stop_requests
-from saefeat.training.loggers import MetricsFile
+from saefeat.training.loggers import JSONLines
 from saefeat.training.new_bank import blank_dictionaries, copies
 from saefeat.training.prefetch import prefetched
 from saefeat.training.requirements import Requirements
 from saefeat.training.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -46,6 +52,8 @@ def train(
     log_every: int = 10,
     progress: bool = True,
     check_memory: bool = True,
+    callbacks: Sequence[Callback] = (),
+    notes: Mapping[str, Any] | None = None,
 ) -> Bank:
     """Train one dictionary for every hook, expansion factor and seed, all in the same pass.
 
@@ -84,6 +92,9 @@ def train(
         progress: Whether to draw a progress bar on standard error.
         check_memory: Whether to refuse, before anything is made, a run that will not fit in the
             memory or on the disk that are free; `plan` says what it would take.
+        callbacks: Are told of the start, of what is measured every `log_every` steps, and of the
+            end: `loggers.TensorBoard`, `loggers.WeightsAndBiases`, or a `Callback` of your own.
+        notes: What else `config.json` is to say, under that name; JSON can hold it.
 
     Returns:
         The dictionaries, reading raw activations (the scale of training is folded in).
@@ -94,6 +105,8 @@ def train(
             option with which it does is named.
         FileExistsError: `out` already holds files, and `resume` is not set.
         BlockingIOError: Another process is writing to `out`.
+        CallbackError: A callback raised. With `out` a checkpoint is written one step later, or
+            the dictionaries after the last step, before it is raised.
         RunInterrupted: SIGINT or SIGTERM came while training in `out` from the main thread; the
             step was finished and a checkpoint written. (A KeyboardInterrupt, as without `out`.)
     """
@@ -139,11 +152,6 @@ def train(
         kernels=backend,
         selection_dtype=fastest_dtype(device),
     )
-    if out is None:
-        batches = prefetched(stream.batches(n_tokens), lambda: False)
-        for batch in _with_bar(batches, n_tokens, 0, progress):
-            learner.step(batch)
-        return learner.finish()
     description = {
         "dictionaries": [_described(key, one) for key, one in dictionaries.items()],
         "trained_further": further,
@@ -158,7 +166,19 @@ def train(
         "selection_dtype": str(learner.selection_dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "notes": dict(notes or {}),
     }
+    listeners = Listeners(callbacks)
+    if out is None:
+        return _run_in_memory(
+            learner,
+            stream,
+            listeners,
+            description,
+            n_tokens=n_tokens,
+            log_every=log_every,
+            progress=progress,
+        )
     folder = RunFolder(Path(out), description, resume=resume)
     try:
         if folder.is_finished:
@@ -167,6 +187,8 @@ def train(
             folder,
             learner,
             stream,
+            listeners,
+            description,
             n_tokens=n_tokens,
             checkpoint_every=checkpoint_every,
             keep_last=keep_last,
@@ -174,13 +196,47 @@ def train(
             progress=progress,
         )
     finally:
+        listeners.end(None)
         folder.close()
+
+
+def _run_in_memory(
+    learner: BankLearner,
+    stream: ActivationStream,
+    listeners: Listeners,
+    description: Mapping[str, Any],
+    *,
+    n_tokens: int,
+    log_every: int,
+    progress: bool,
+) -> Bank:
+    """Train from the start to the end, and write nothing."""
+    started = time.perf_counter()
+    try:
+        listeners.start(description, 0)
+        batches = prefetched(stream.batches(n_tokens), lambda: False)
+        for batch in _with_bar(batches, n_tokens, 0, progress):
+            measured = learner.step(batch)
+            if len(listeners) and _is_logged(learner, n_tokens, log_every):
+                for record in _records(learner, measured, started):
+                    listeners.record(record)
+                listeners.raise_error("Without `out` nothing of the run is kept.")
+        bank = learner.finish()
+        listeners.end(bank)
+    finally:
+        listeners.end(None)
+    if listeners.error is not None:
+        # To raise it would lose the dictionaries, which are nowhere else.
+        logger.error("%s, after training had ended.", listeners.culprit, exc_info=listeners.error)
+    return bank
 
 
 def _run_in(
     folder: RunFolder,
     learner: BankLearner,
     stream: ActivationStream,
+    listeners: Listeners,
+    description: Mapping[str, Any],
     *,
     n_tokens: int,
     checkpoint_every: int,
@@ -205,26 +261,21 @@ def _run_in(
     def saves_after_this_step() -> bool:
         nonlocal saves
         is_due = (learner.step_number + 1) % checkpoint_every == 0
-        saves = is_due or stop.signal is not None
+        saves = is_due or stop.signal is not None or listeners.error is not None
         return saves
 
-    with stop_requests() as stop, MetricsFile(folder.metrics) as metrics:
+    listeners.start(description, learner.step_number)
+    with stop_requests() as stop, _metrics_file(folder) as metrics:
         fetched = prefetched(batches, saves_after_this_step)
         for batch in _with_bar(fetched, n_tokens, learner.n_tokens_seen, progress):
             measured = learner.step(batch)
             is_last = learner.n_tokens_seen >= n_tokens
-            if is_last or (learner.step_number - 1) % log_every == 0:
-                position_now = {
-                    "step": learner.step_number,
-                    "n_tokens": learner.n_tokens_seen,
-                    "wall_seconds": round(time.perf_counter() - started, 3),
-                }
-                for key, terms in measured.items():
-                    name = dict(zip(("hook_name", "expansion_factor", "seed"), key, strict=True))
-                    values = {term: float(value) for term, value in terms.items()}
-                    metrics.write({**position_now, **name, **values})
-            # A signal that came during this step is heeded after the next, whose batch is being
-            # read already.
+            if _is_logged(learner, n_tokens, log_every):
+                for record in _records(learner, measured, started):
+                    metrics.record(record)
+                    listeners.record(record)
+            # A signal, or an error of a callback, that came during this step is heeded after the
+            # next, whose batch is being read already.
             if saves and not is_last:
                 save()
                 if stop.signal is not None:
@@ -233,10 +284,45 @@ def _run_in(
                         f"is in {folder.checkpoints}. Go on with resume=True (saefeat train "
                         "--resume)."
                     )
+                listeners.raise_error(
+                    f"A checkpoint of step {learner.step_number} is in {folder.checkpoints}: mend "
+                    "the callback or leave it out, and go on with resume=True"
+                )
     bank = learner.finish()
     with _saying_how_to_go_on("The trained dictionaries"):
         folder.finish(bank)
+    listeners.end(bank)
+    listeners.raise_error(f"The run has ended, and its dictionaries are in {folder.path}")
     return bank
+
+
+@contextmanager
+def _metrics_file(folder: RunFolder) -> Iterator[JSONLines]:
+    metrics = JSONLines(folder.metrics)
+    metrics.start({}, 0)
+    try:
+        yield metrics
+    finally:
+        metrics.end(None)
+
+
+def _is_logged(learner: BankLearner, n_tokens: int, log_every: int) -> bool:
+    is_last = learner.n_tokens_seen >= n_tokens
+    return is_last or (learner.step_number - 1) % log_every == 0
+
+
+def _records(
+    learner: BankLearner, measured: Mapping[Key, Mapping[str, Tensor | float]], started: float
+) -> Iterator[dict[str, Any]]:
+    """What was measured in the step just made: a record for each dictionary."""
+    position_now = {
+        "step": learner.step_number,
+        "n_tokens": learner.n_tokens_seen,
+        "wall_seconds": round(time.perf_counter() - started, 3),
+    }
+    for key, terms in measured.items():
+        name = dict(zip(("hook_name", "expansion_factor", "seed"), key, strict=True))
+        yield {**position_now, **name, **{term: float(value) for term, value in terms.items()}}
 
 
 def _restored(
@@ -266,8 +352,8 @@ def _with_bar(
     batches: Iterable[Batch], n_tokens: int, n_done: int, progress: bool
 ) -> Iterator[Batch]:
     """The batches, counted on a progress bar once they have been used."""
-    with tqdm(
-        total=n_tokens, initial=n_done, unit="tok", desc="training", disable=not progress
+    with progress_bar(
+        total=n_tokens, initial=n_done, unit="tok", desc="training", shown=progress
     ) as bar:
         for batch in batches:
             yield batch

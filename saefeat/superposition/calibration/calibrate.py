@@ -12,9 +12,9 @@ from functools import partial
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from saefeat.activations.synthetic import SyntheticActivations
+from saefeat.core.progress import progress_bar
 from saefeat.dictionaries.base import Dictionary, DictionaryConfig
 from saefeat.superposition.calibration.calibrated_count import (
     CalibratedCount,
@@ -152,7 +152,7 @@ def calibrate(
             magnitude=magnitude,
             device=device,
         )
-        with tqdm(unit="layer", desc="calibrating", disable=not progress) as bar:
+        with progress_bar(unit="layer", desc="calibrating", shown=progress) as bar:
             for n_features in simulation.numbers(points):
                 bar.set_postfix_str(f"{n_features} features")
                 first_seed = FIRST_SEED * (seed + 1) + n_layers

@@ -6,6 +6,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from saefeat.core.html import table
 from saefeat.superposition.counting.agreement import Agreement
 from saefeat.superposition.sae_counts import SAECounts
 
@@ -111,6 +112,26 @@ class FeatureCount:
         facts["steps"] = [asdict(step) for step in self.steps]
         facts["saes"] = [asdict(counts) for counts in self.saes]
         return facts
+
+    def _repr_html_(self) -> str:
+        first, *notes = str(self).splitlines()
+        columns = ("stage", "atoms", "picks", "rows", "features", "energy found again", "coverage")
+        rows = [
+            (
+                step.stage,
+                f"{step.d_sae:,}",
+                step.picks,
+                f"{step.n_tokens:,}",
+                f"{step.n_features:,}",
+                f"{step.shared_energy:.1%}",
+                f"{step.coverage:.3f}",
+            )
+            for step in self.steps
+        ]
+        return table(first, columns, rows, notes)
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         if self.identifiable:

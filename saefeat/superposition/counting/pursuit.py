@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from saefeat.core.devices import fastest_dtype, resolve_device
+from saefeat.core.progress import progress_bar
 from saefeat.dictionaries.base import Origin
 from saefeat.dictionaries.matching_pursuit import MatchingPursuit, MatchingPursuitConfig
 from saefeat.kernels.dispatch import choose_kernels
@@ -82,8 +82,8 @@ def fit_pursuit(
         kernels=kernels,
         selection_dtype=fastest_dtype(device),
     )
-    with tqdm(
-        total=n_rows, unit="row", desc=f"{d_sae} atoms, {picks} picks", disable=not progress
+    with progress_bar(
+        total=n_rows, unit="row", desc=f"{d_sae} atoms, {picks} picks", shown=progress
     ) as bar:
         for x in rows.batches(n_rows, batch_rows):
             learner.step({hook_name: x})

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Int
 from scipy.sparse import csr_array, vstack
 from torch import Tensor
-from tqdm import tqdm
 
 from saefeat.activations.sources import TOKEN_IDS
 from saefeat.activations.stream import ActivationStream
 from saefeat.core.memory import available_host_bytes
+from saefeat.core.progress import progress_bar
 from saefeat.dictionaries.base import Dictionary
 from saefeat.superposition.universality.aligned import CONTEXTS, aligned_batches
 from saefeat.superposition.universality.correlation import (
@@ -157,7 +157,7 @@ def _read(
     codes: dict[str, list[csr_array]] = {name: [] for name in readers}
     known: dict[str, list[Tensor]] = {CONTEXTS: [], TOKEN_IDS: []}
     n_read = 0
-    bar = tqdm(unit="tok", desc="encoding", disable=not progress)
+    bar = progress_bar(total=min(n_tokens, n_held_out), unit="tok", desc="encoding", shown=progress)
     for batches, facts in aligned_batches(streams, n_tokens):
         for (name, (dictionary, _)), batch in zip(readers.items(), batches, strict=True):
             x = batch[dictionary.hook_name].to(dictionary.W_dec.device).float()

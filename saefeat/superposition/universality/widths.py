@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from saefeat.activations.stream import ActivationStream
+from saefeat.core.progress import progress_bar
 from saefeat.dictionaries.base import Dictionary
 from saefeat.superposition.diagnostics.co_activation import CoActivation
 from saefeat.superposition.diagnostics.splitting import Splits, splits
@@ -125,7 +125,9 @@ def across_widths(
             f"The stream has no hook {narrow.hook_name!r}; it has {', '.join(stream.hooks)}."
         )
     counts = CoActivation(narrow.d_sae, wide.d_sae)
-    bar = tqdm(unit="tok", desc="encoding", disable=not progress)
+    bar = progress_bar(
+        total=min(n_tokens, stream.n_held_out_rows), unit="tok", desc="encoding", shown=progress
+    )
     for batch in stream.held_out_batches(n_tokens):
         x = batch[narrow.hook_name].to(narrow.W_dec.device).float()
         counts.update(narrow.encode(x), wide.encode(x.to(wide.W_dec.device)))
