@@ -54,9 +54,7 @@ def test_a_report_shows_the_same_cells_as_html_and_as_text(report):
 
 
 def test_a_count_shows_its_number_and_its_steps():
-    stream = sf.SyntheticActivations(n_features=6, d_in=4, density=0.1, seed=0).stream(
-        batch_size=64
-    )
+    truth = sf.SyntheticActivations(n_features=6, d_in=4, density=0.1, seed=0)
     options = {"picks": (1,), "expansion_factors": (2,), "saes": False, "progress": False}
     count = sf.count_features(truth.stream(batch_size=64), n_tokens=2000, seeds=(0, 1), **options)
     first, header, *rows = Cells(count._repr_html_()).rows

@@ -117,8 +117,9 @@ def table_lines(rows: Sequence[TableRow]) -> list[str]:
     for row in rows:
         predicted = " ".join(f"{_number(row.predicted[name]):>11}" for name in theories)
         if row.measured is None:
-            known = row.wide is not None and row.narrow
-            measured = _number(row.wide / row.narrow) if known else "not measured"
+            measured = "not measured"
+            if row.wide is not None and row.narrow:
+                measured = _number(row.wide / row.narrow)
         elif row.measured.low == row.measured.high:
             measured = _number(row.measured.value)
         else:
