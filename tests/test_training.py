@@ -88,6 +88,22 @@ def test_a_frozen_decoder_stays_where_it_started_while_the_rest_learns(stream, c
     assert not torch.allclose(short.W_dec, learned.W_dec, atol=1e-2)
 
 
+@pytest.mark.parametrize("last", [torch.zeros(10, 16), sparse_data(1, 16, 24)])
+def test_a_last_batch_that_does_not_vary_ends_a_run_like_any_other(last):
+    learner = BankLearner(
+        {("a", 2, 0): TopK(CONFIG, 16, 32)},
+        n_tokens=500 + len(last),
+        n_steps=2,
+        device=torch.device("cpu"),
+        kernels=stock,
+        selection_dtype=torch.float32,
+    )
+    learner.step({"a": sparse_data(500, 16, 24)})
+    learner.step({"a": last})
+    (sae,) = learner.finish().values()
+    assert all(parameter.isfinite().all() for parameter in sae.parameters())
+
+
 def test_seeds_differ(stream):
     bank = train(stream, n_tokens=1_000, seeds=[0, 1])
     assert not torch.equal(bank["a", 2, 0].W_dec, bank["a", 2, 1].W_dec)

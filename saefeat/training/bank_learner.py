@@ -19,6 +19,8 @@ from saefeat.training.shared_scores import Scratch, groups, shared_scores
 
 INITIAL_ROWS = 4096
 """Rows of the first batch that dictionaries are initialised from."""
+LEAST_VARIANCE = 1e-6
+"""Of a coordinate, whose mean square is about 1 once scaled: the least that a loss is a share of."""
 
 
 class BankLearner:
@@ -108,8 +110,12 @@ class BankLearner:
         if self.step_number == 0:
             self._begin(scaled)
         means = {name: x.mean(0) for name, x in scaled.items()}
+        # A last batch may have one row, or zeros alone, and then no variance to divide by.
         variances = {
-            name: torch.linalg.vector_norm(x - means[name]).square() for name, x in scaled.items()
+            name: torch.linalg.vector_norm(x - means[name])
+            .square()
+            .clamp_min(LEAST_VARIANCE * x.numel())
+            for name, x in scaled.items()
         }
         for hook_name in self.learners:
             for key, scores in self._scores(hook_name, scaled[hook_name], means[hook_name]):
