@@ -20,7 +20,7 @@ from saefeat.training.shared_scores import Scratch, groups, shared_scores
 INITIAL_ROWS = 4096
 """Rows of the first batch that dictionaries are initialised from."""
 LEAST_VARIANCE = 1e-6
-"""Of a coordinate, whose mean square is about 1 once scaled: the least that a loss is a share of."""
+"""Of a coordinate, whose mean square is about 1 once scaled; a loss is a share of no less."""
 
 
 class BankLearner:
