@@ -189,8 +189,8 @@ def measure(
         tokens: Held-out activations to measure on.
         ce_tokens: Tokens for the loss recovered, each read once a dictionary; 0 leaves it out.
         ablation: What the loss is recovered from.
-        counts: Activations to count the features of each hook on, read ten to twenty times.
-            Default: no count.
+        counts: Activations to count the features of each hook on. They are read ten to twenty
+            times, each time by the model unless there is a --store. Default: no count.
         device: "auto" is CUDA where there is one, else "cpu".
         out: A new folder for the report. Default: "report" in the run's folder.
         json: Print report.json instead of a table.

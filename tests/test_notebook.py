@@ -91,7 +91,7 @@ def test_without_pandas_an_error_says_what_to_install(report, monkeypatch):
         report.to_dataframe()
 
 
-def test_a_count_beyond_the_limit_shows_a_lower_bound(monkeypatch):
+def test_a_count_beyond_the_limit_shows_a_lower_bound():
     step = sf.superposition.counting.feature_count.Step(
         stage="whole",
         d_sae=8,

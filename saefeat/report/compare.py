@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from saefeat.report.record import Report, Row
+from saefeat.report.record import COLUMNS, Report, Row, table_line
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,24 +36,17 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        width = max(6, *map(len, self.reports))
+        hook, *others = COLUMNS.items()
+        columns = dict([hook, ("report", max(6, *map(len, self.reports))), ("kind", 14), *others])
+        header = table_line(list(columns), columns)
         lines = [
             f"{name}: {report.model or 'activations'}, {report.n_tokens:,} held-out tokens"
             for name, report in self.reports.items()
         ]
-        header = (
-            f"{'hook':<28} {'report':<{width}} {'kind':<14} {'latents':>8} {'seed':>4} "
-            f"{'alive':>7} {'per neuron':>10} {'eff.':>7} {'L0':>6} {'FVU':>6} {'CE rec.':>7}"
-        )
         lines += [header, "-" * len(header)]
         for name, row in self.rows:
-            recovered = row.ce_loss_recovered
-            lines.append(
-                f"{row.hook_name:<28} {name:<{width}} {row.architecture:<14} {row.d_sae:>8,} "
-                f"{row.seed:>4} {row.n_alive:>7,} {row.features_per_neuron:>10.2f} "
-                f"{row.effective_features:>7,.0f} {row.l0:>6.1f} {row.fvu:>6.3f} "
-                f"{'–' if recovered is None else f'{recovered:.3f}':>7}"
-            )
+            first, *cells = row.cells
+            lines.append(table_line([first, name, row.architecture, *cells], columns))
         if len({report.n_tokens for report in self.reports.values()}) > 1:
             lines.append(
                 "Alive latents grow with the tokens that were read, which differ here: measure on "

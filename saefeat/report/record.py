@@ -1,7 +1,7 @@
 """What a measurement found: one row a dictionary, one summary a layer, and their files."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,9 +149,9 @@ class Report:
     """Density of every latent [d_sae], by `<hook_name>/x<expansion_factor>-seed<seed>`."""
 
     def __str__(self) -> str:
-        header = _line(list(COLUMNS))
+        header = table_line(list(COLUMNS), COLUMNS)
         lines = [self._title, header, "-" * len(header)]
-        lines += [_line(row.cells) for row in self.rows]
+        lines += [table_line(row.cells, COLUMNS) for row in self.rows]
         return "\n".join([*lines, *self._notes])
 
     def __repr__(self) -> str:
@@ -259,8 +259,9 @@ class Report:
             ) from error
 
 
-def _line(cells: Sequence[str]) -> str:
-    first, *others = zip(cells, COLUMNS.values(), strict=True)
+def table_line(cells: Sequence[str], columns: Mapping[str, int]) -> str:
+    """A line of a text table whose columns are so wide; the first is set to the left."""
+    first, *others = zip(cells, columns.values(), strict=True)
     return f"{first[0]:<{first[1]}} " + " ".join(f"{cell:>{width}}" for cell, width in others)
 
 

@@ -14,7 +14,7 @@ from saefeat.study.rules import Rules
 from saefeat.study.statistics import NORMAL_95
 
 ROUNDS = 50
-"""In which rows and columns are fitted in turn; a hundredth of them would do for one gap."""
+"""In which rows and columns are fitted in turn; far more than a few gaps need."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -110,7 +110,8 @@ class BankLearner:
         if self.step_number == 0:
             self._begin(scaled)
         means = {name: x.mean(0) for name, x in scaled.items()}
-        # A last batch may have one row, or zeros alone, and then no variance to divide by.
+        # A last batch may have one row, or zeros alone, and then no variance to divide by. Adam's
+        # step does not grow with the loss; the FVU that is logged of such a batch means nothing.
         variances = {
             name: torch.linalg.vector_norm(x - means[name])
             .square()
