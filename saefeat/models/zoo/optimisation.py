@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from saefeat.models.zoo.corpus import Corpus
@@ -126,7 +125,7 @@ class Optimisation:
                 state[f"adam.{place}.{name}"] = value.clone()
         return state
 
-    def restore(self, state: dict[str, Float[Tensor, "..."]]) -> None:
+    def restore(self, state: dict[str, Tensor]) -> None:
         """Goes back, or on, to what `state` gave."""
         self.weights.copy_(state["weights"])
         self.step_number = int(state["step"])

@@ -186,12 +186,6 @@ class _Run:
         self._model = None
         return read_model(folder)
 
-    def stable_losses(self) -> list[tuple[int, float]]:
-        """Steps of the stable phase, and the losses on held-out text that were measured there."""
-        *_, newest = self._snapshots()
-        rows = read_tensors(newest)["curve"].tolist()
-        return [(int(step), loss) for step, _, loss in rows]
-
     def _decay_folder(self, n_stable_steps: int) -> Path:
         return self.folder / f"decayed-from-{n_stable_steps}"
 
@@ -243,7 +237,8 @@ def _decayed_to(run: _Run, whole: ZooModel, target: float, tolerance: float) -> 
     last = run.options.n_stable_steps
     tried = {last: whole}
     if whole.validation_loss < target:
-        steepness = slope(run.stable_losses())
+        rows = whole.record()["curve"]["rows"]
+        steepness = slope([(int(step), loss) for step, _, loss in rows])
         while len(tried) < MOST_DECAYS:
             nearest = _nearest(tried.values(), target)
             if abs(nearest.validation_loss / target - 1) <= tolerance / 2:
