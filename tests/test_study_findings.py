@@ -9,6 +9,7 @@ import pytest
 import torch
 from simulated_studies import failed, simulated_study
 
+import saefeat as sf
 from saefeat.study import (
     DensityHistogram,
     JointObservation,
@@ -21,6 +22,8 @@ from saefeat.study import (
 from saefeat.study.replicates import shape_counts
 from saefeat.superposition.counting import FeatureCount
 from saefeat.superposition.counting.feature_count import Step
+from saefeat.superposition.sae_counts import count_recipe
+from saefeat.superposition.theory import load
 from saefeat.superposition.universality.score import Estimate, Score
 
 RULES = Rules(n_resamples=40)
@@ -162,6 +165,36 @@ def test_a_count_becomes_an_observation_also_where_it_has_no_upper_end() -> None
     assert found.l0 == pytest.approx(0.6)
     assert (found.fvu, found.coverage, found.reasons) == (0.25, 0.5, count.reasons)
     json.dumps(replace(EXACT, layers=(found,)).to_dict(), allow_nan=False)
+
+
+def test_what_seeds_of_saes_share_becomes_an_observation_of_the_second_instrument() -> None:
+    truth = sf.SyntheticActivations(n_features=8, d_in=16, density=0.1)
+    stream = truth.stream(batch_size=512, held_out_rows=4000)
+    bank = sf.train(
+        stream,
+        count_recipe(1),
+        expansion_factors=[2],
+        seeds=(0, 1),
+        n_tokens=250_000,
+        device="cpu",
+        progress=False,
+    )
+    (counts,) = sf.sae_counts(bank, stream, progress=False)
+    place = {"shape_label": "A", "model_seed": 0, "site": "mlp", "layer": 1}
+    found = LayerObservation.of_sae_counts(counts, n_tokens=250_000, **place)
+    assert (found.instrument, found.n_neurons, found.identifiable) == ("batch_topk", 16, True)
+    assert found.estimate == counts.distinct.n_stable == 8
+    # Densities of the two seeds together are twice those of one.
+    assert found.l0 == pytest.approx(truth.l0, rel=0.15)
+    assert found.load == pytest.approx(load(truth.densities, 16), rel=0.15)
+    assert sum(found.densities.counts) == sum(counts.distinct.per_seed)
+    facts = json.loads(json.dumps(replace(EXACT, layers=(found,)).to_dict(), allow_nan=False))
+    assert Observations.from_dict(facts).layers == (found,)
+
+    uncovered = replace(counts, distinct=replace(counts.distinct, coverage=0.5))
+    bound = LayerObservation.of_sae_counts(uncovered, n_tokens=250_000, **place)
+    assert (bound.identifiable, bound.high, bound.low) == (False, None, 8)
+    assert "Coverage 0.50 is below 0.9" in bound.reasons[0]
 
 
 # Replicates.

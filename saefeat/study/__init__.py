@@ -5,9 +5,9 @@ tests, `verdict` the judgement by `rules`, and `analysis` puts them together.
 """
 
 from saefeat.study.analysis import findings
+from saefeat.study.density_histogram import DensityHistogram
 from saefeat.study.finding import Finding, Findings
 from saefeat.study.observations import (
-    DensityHistogram,
     JointObservation,
     LayerObservation,
     ModelObservation,

@@ -21,7 +21,11 @@ from saefeat.study.checks import (
     check_finite,
     checked_fields,
 )
+from saefeat.study.density_histogram import DensityHistogram
+from saefeat.superposition.calibration.calibrated_count import why_untrusted
 from saefeat.superposition.counting.feature_count import FeatureCount
+from saefeat.superposition.sae_counts import SAECounts
+from saefeat.superposition.theory import load
 from saefeat.superposition.universality.result import Universality
 from saefeat.superposition.universality.score import Estimate, Score
 
@@ -32,8 +36,6 @@ SITES = ("mlp", "residual")
 """Hidden neurons of the MLP, and the residual stream."""
 INSTRUMENTS = ("matching_pursuit", "batch_topk", "frozen_decoder")
 """What counted: `count_features`, BatchTopK SAEs, or SAEs whose decoder stays as it was drawn."""
-LOWEST = -6.0
-BINS_PER_DECADE = 10
 
 Record = TypeVar("Record")
 
@@ -50,37 +52,6 @@ class ObservedShape:
 
     def __post_init__(self) -> None:
         check_above_zero(self, "n_layers", "d_model", "n_parameters")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DensityHistogram:
-    """How many features are on how often, in bins of log10 density, a tenth of a decade each."""
-
-    edges: tuple[float, ...]
-    """Ends of the bins, one more than there are bins."""
-    counts: tuple[int, ...]
-    """Features in each; those rarer than the first edge are in the first bin."""
-    n_never: int
-    """Features of density 0."""
-
-    def __post_init__(self) -> None:
-        if len(self.edges) != len(self.counts) + 1 or list(self.edges) != sorted(self.edges):
-            raise ValueError(
-                f"A histogram has ascending edges, one more than bins: got {len(self.edges)} edges "
-                f"and {len(self.counts)} bins."
-            )
-
-    @classmethod
-    def of(cls, densities: Float[Tensor, " n"]) -> "DensityHistogram":
-        """The histogram of the densities of n features."""
-        n_bins = round(-LOWEST * BINS_PER_DECADE)
-        on = densities[densities > 0].double().log10()
-        place = ((on - LOWEST) * BINS_PER_DECADE).long().clamp(0, n_bins - 1)
-        return cls(
-            edges=tuple(round(LOWEST + i / BINS_PER_DECADE, 9) for i in range(n_bins + 1)),
-            counts=tuple(torch.bincount(place, minlength=n_bins).tolist()),
-            n_never=len(densities) - len(on),
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,6 +141,55 @@ class LayerObservation:
             densities=DensityHistogram.of(count.densities),
             n_tokens=count.n_tokens,
             reasons=count.reasons,
+        )
+
+    @classmethod
+    def of_sae_counts(
+        cls,
+        counts: SAECounts,
+        *,
+        n_tokens: int,
+        shape_label: str,
+        model_seed: int,
+        site: str,
+        layer: int,
+        control: str = "trained",
+        instrument: str = "batch_topk",
+    ) -> "LayerObservation":
+        """What `sae_counts` said of a layer, by the latents that cost something, copies merged.
+
+        The estimate is what two seeds share, the low end too, and the high end is that of Chao2:
+        they miss more the fuller the layer is (`calibrate`). Load and L0 are means over seeds; the
+        histogram holds the latents of all seeds.
+
+        Args:
+            counts: Of one hook and width.
+            n_tokens: Rows that the SAEs were trained on; those of `counts` were held out.
+            shape_label: As in the record, and so are the others.
+        """
+        distinct, n_seeds = counts.distinct, len(counts.seeds)
+        reasons = tuple(why_untrusted(counts))
+        densities = torch.tensor(counts.densities, dtype=torch.float64)
+        return cls(
+            shape_label=shape_label,
+            model_seed=model_seed,
+            control=control,
+            site=site,
+            layer=layer,
+            hook_name=counts.hook_name,
+            instrument=instrument,
+            n_neurons=counts.d_in,
+            estimate=float(distinct.n_stable),
+            low=float(distinct.n_stable),
+            high=None if reasons else max(distinct.chao2_high, float(distinct.n_stable)),
+            identifiable=not reasons,
+            coverage=distinct.coverage or 0.0,
+            load=load(densities, counts.d_in) / n_seeds,
+            l0=float(densities.sum()) / n_seeds,
+            fvu=sum(counts.fvu) / n_seeds,
+            densities=DensityHistogram.of(densities),
+            n_tokens=n_tokens,
+            reasons=reasons,
         )
 
 
@@ -355,10 +375,7 @@ class Observations:
 
 def _layer(facts: Mapping[str, Any]) -> LayerObservation:
     own = checked_fields(LayerObservation, facts)
-    histogram = checked_fields(DensityHistogram, own["densities"])
-    for name in ("edges", "counts"):
-        histogram[name] = tuple(histogram[name])
-    own["densities"] = DensityHistogram(**histogram)
+    own["densities"] = DensityHistogram.from_dict(own["densities"])
     own["reasons"] = tuple(own["reasons"])
     return LayerObservation(**own)
 

@@ -1,0 +1,57 @@
+"""How often features are on, in few numbers, so that a picture can be drawn from a record."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saefeat.study.checks import checked_fields
+
+LOWEST = -6.0
+BINS_PER_DECADE = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DensityHistogram:
+    """How many features are on how often, in bins of log10 density, a tenth of a decade each."""
+
+    edges: tuple[float, ...]
+    """Ends of the bins, one more than there are bins."""
+    counts: tuple[int, ...]
+    """Features in each; those rarer than the first edge are in the first bin."""
+    n_never: int
+    """Features of density 0."""
+
+    def __post_init__(self) -> None:
+        if len(self.edges) != len(self.counts) + 1 or list(self.edges) != sorted(self.edges):
+            raise ValueError(
+                f"A histogram has ascending edges, one more than bins: got {len(self.edges)} edges "
+                f"and {len(self.counts)} bins."
+            )
+
+    @classmethod
+    def of(cls, densities: Float[Tensor, " n"]) -> "DensityHistogram":
+        """The histogram of the densities of n features."""
+        n_bins = round(-LOWEST * BINS_PER_DECADE)
+        on = densities[densities > 0].double().log10()
+        place = ((on - LOWEST) * BINS_PER_DECADE).long().clamp(0, n_bins - 1)
+        return cls(
+            edges=tuple(round(LOWEST + i / BINS_PER_DECADE, 9) for i in range(n_bins + 1)),
+            counts=tuple(torch.bincount(place, minlength=n_bins).tolist()),
+            n_never=len(densities) - len(on),
+        )
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> "DensityHistogram":
+        """The histogram that a record holds.
+
+        Raises:
+            ValueError: A field is missing or unknown, or edges and counts do not fit.
+        """
+        own = checked_fields(cls, facts)
+        return cls(
+            edges=tuple(own["edges"]), counts=tuple(own["counts"]), n_never=int(own["n_never"])
+        )
