@@ -7,12 +7,9 @@ import pytest
 import torch
 from tiny_models import EVERY_MODEL, N_HEADS, N_LAYERS, WIDTH, tiny_model, token_ids
 
-from saefeat.activations.hooks import (
-    HookReader,
-    read_activations,
-    replaced_activations,
-    resolve_hooks,
-)
+from saefeat.activations.hook_names import resolve_hooks
+from saefeat.activations.hook_reader import HookReader
+from saefeat.activations.hooks import read_activations, replaced_activations
 
 CAUSAL = ["bridge of GPT-2", "bridge of Llama", "bridge of GPT-NeoX", "HookedTransformer"]
 PARALLEL = ["bridge of GPT-NeoX", "HookedTransformer, parallel"]

@@ -1,11 +1,8 @@
 """Where activations come from: text, hooks of a language model, and the stream of both."""
 
-from saefeat.activations.hooks import (
-    HookReader,
-    read_activations,
-    replaced_activations,
-    resolve_hooks,
-)
+from saefeat.activations.hook_names import resolve_hooks
+from saefeat.activations.hook_reader import HookReader
+from saefeat.activations.hooks import read_activations, replaced_activations
 from saefeat.activations.store import ActivationStore, cache_activations
 from saefeat.activations.stream import ActivationStream
 from saefeat.activations.synthetic import SyntheticActivations

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saefeat.activations.hooks import HookReader, ModelsReader
+from saefeat.activations.hook_reader import HookReader, ModelsReader
 from saefeat.activations.tokens import Tokens
 
 Chunk = dict[str, Tensor]

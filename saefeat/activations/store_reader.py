@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from saefeat.activations.hooks import resolve_hooks
+from saefeat.activations.hook_names import resolve_hooks
 from saefeat.activations.sources import Chunk
 from saefeat.activations.store_index import (
     HELD_OUT,

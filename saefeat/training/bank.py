@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from saefeat.activations.hooks import natural_order
+from saefeat.activations.hook_names import natural_order
 from saefeat.dictionaries.base import Dictionary
 from saefeat.dictionaries.loading import holds_dictionary, load_dictionary
 
