@@ -23,23 +23,19 @@ from saefeat.metrics.loss_recovered import CrossEntropy
 from saefeat.metrics.sparsity import SparsityCounts
 from saefeat.models.load import load_model
 from saefeat.study.observations import (
-    DensityHistogram,
     JointObservation,
     LayerObservation,
     ModelObservation,
 )
 from saefeat.study.protocol import HOOKS, Protocol
 from saefeat.superposition.counting import count_features
-from saefeat.superposition.sae_counts import SAECounts, count_recipe, sae_counts
-from saefeat.superposition.theory import load
+from saefeat.superposition.sae_counts import count_recipe, sae_counts
 from saefeat.training.trainer import train
 
 BATCH_ROWS = 512
 """Rows of a step; see `count_recipe`."""
 LOSS_CONTEXTS = 512
 """Held-out contexts that the loss of a model is the mean of."""
-LEAST_COVERAGE = 0.9
-"""Below, what SAE seeds share is a lower bound of what they could find."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,37 +175,14 @@ def observe_layer(
             progress=False,
         )
         (counts,) = sae_counts(bank, stream, n_tokens=protocol.held_out_tokens, progress=False)
-        observed.append(_of_saes(counts, instrument, who, protocol.n_tokens))
+        observed.append(
+            LayerObservation.of_sae_counts(
+                counts, n_tokens=protocol.n_tokens, instrument=instrument, **who
+            )
+        )
         if not is_frozen:
             next(iter(bank.values())).save(folder / "saes" / f"{site}-{layer}")
     return observed
-
-
-def _of_saes(
-    counts: SAECounts, instrument: str, who: dict[str, Any], n_tokens: int
-) -> LayerObservation:
-    """Latents that cost something to ablate and that seeds share, copies merged."""
-    distinct, n_seeds = counts.distinct, len(counts.seeds)
-    coverage = distinct.coverage or 0.0
-    identifiable = coverage >= LEAST_COVERAGE
-    densities = torch.tensor(counts.densities, dtype=torch.float64)
-    return LayerObservation(
-        **who,
-        hook_name=counts.hook_name,
-        instrument=instrument,
-        n_neurons=counts.d_in,
-        estimate=distinct.n_stable,
-        low=distinct.n_stable,
-        high=max(distinct.chao2_high, distinct.n_stable) if identifiable else None,
-        identifiable=identifiable,
-        coverage=coverage,
-        load=load(densities, n_neurons=counts.d_in) / n_seeds if len(densities) else 0.0,
-        l0=float(densities.sum()) / n_seeds,
-        fvu=sum(counts.fvu) / n_seeds,
-        densities=DensityHistogram.of(densities),
-        n_tokens=n_tokens,
-        reasons=() if identifiable else (f"coverage {coverage:.2f} over {n_seeds} seeds",),
-    )
 
 
 def _reuse(
