@@ -40,6 +40,8 @@ class DictionaryConfig:
     freeze_decoder: bool = False
     """Leave the decoder rows at the directions that they start at, and train the rest. A control:
     random directions explain much of the variance too (Korznikov et al. 2026, arXiv:2602.14111)."""
+    freeze_offset: bool = False
+    """Leave b_dec where it starts, at the geometric median of the first rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

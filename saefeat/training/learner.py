@@ -39,7 +39,8 @@ class Learner:
         for parameter in dictionary.parameters():
             # Kept for the whole run: see `kernels.autograd`.
             parameter.grad = torch.zeros_like(parameter)
-        factors = dictionary.rate_factors | ({"W_dec": 0.0} if config.freeze_decoder else {})
+        frozen = {"W_dec": config.freeze_decoder, "b_dec": config.freeze_offset}
+        factors = dictionary.rate_factors | {name: 0.0 for name in frozen if frozen[name]}
         self.optimizer = torch.optim.Adam(
             [
                 {"params": [parameter], "factor": factors.get(name, 1.0)}

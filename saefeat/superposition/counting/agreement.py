@@ -46,7 +46,7 @@ class Agreement:
     directions: Float[Tensor, "n_features d_in"]
     """The features that two dictionaries at least have found, combinations left out."""
     offset: Float[Tensor, " d_in"]
-    """What codes are not to explain: mean over the dictionaries."""
+    """What codes are not to explain."""
     found_in: Int[Tensor, " n_contenders"]
     """In how many dictionaries each feature was found, with those that one alone has found and
     that are strong enough to be features."""
@@ -104,7 +104,7 @@ def agreement(fits: Sequence[Fit], *, picks: int, n_rows: int) -> Agreement:
         picks=picks,
         n_rows=n_rows,
         directions=features.directions[counted],
-        offset=torch.stack([fit.offset for fit in fits]).mean(0),
+        offset=fits[0].offset,
         found_in=features.found_in[contenders],
         n_seeds=len(fits),
         n_strict=_n_near(features.directions[counted], found_by_all),
@@ -179,8 +179,13 @@ def _unexplained(n_parts: int, d_in: int) -> float:
 
 
 def _distinct(fit: Fit) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, " d_sae"]]:
-    """Atoms and their energy, that of duplicates at one of them and the others 0."""
-    used = fit.atoms * (fit.energy > 0)[:, None]
+    """Atoms and their energy, that of duplicates at one of them and the others 0.
+
+    An atom that takes the offset back is left out: rows on which little is on have it, where the
+    features' own mean is part of the offset.
+    """
+    takes_back = fit.atoms @ torch.nn.functional.normalize(-fit.offset, dim=0) >= DUPLICATE
+    used = fit.atoms * ((fit.energy > 0) & ~takes_back)[:, None]
     stands_for = merge_duplicates(used, DUPLICATE, weights=fit.energy)
     numbers = torch.arange(len(used))
     known = stands_for >= 0

@@ -34,6 +34,7 @@ class Fit:
     atoms: Float[Tensor, "d_sae d_in"]
     """Of length 1."""
     offset: Float[Tensor, " d_in"]
+    """The geometric median of the rows; the same for every start."""
     energy: Float[Tensor, " d_sae"]
     """Mean square of each atom's code."""
     fvu: float
@@ -63,7 +64,9 @@ def fit_pursuit(
     Raises:
         ValueError: As for `train`.
     """
-    config = MatchingPursuitConfig(k=min(picks, d_sae), tolerance=TOLERANCE)
+    # A row of few picks is better explained the further the offset lies: all atoms then point the
+    # same way, along a cone that opens at the offset, and count as copies of each other.
+    config = MatchingPursuitConfig(k=min(picks, d_sae), tolerance=TOLERANCE, freeze_offset=True)
     d_in, hook_name = rows.width, rows.name
     factor = d_sae / d_in
     batch_rows = max(BATCH_ROWS, 1 << math.ceil(math.log2(ROWS_PER_ATOM * d_sae)))
