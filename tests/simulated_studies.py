@@ -25,8 +25,8 @@ SHAPES = {
         ("B", 2, 96),
     )
 }
-DENSITIES = DensityHistogram.of(torch.logspace(-3, -1, 500))
-"""Of every layer: log-uniform."""
+DENSITIES = DensityHistogram.of(0.01 * 3 ** torch.special.ndtri(torch.linspace(0.001, 0.999, 500)))
+"""Of every layer: log-normal."""
 
 
 def simulated_study(

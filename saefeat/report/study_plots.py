@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Figure
 
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:olive")
+"""Of the shapes, in turn."""
 BOUND_COLOUR = "tab:red"
 """Of what is no number but a lower bound."""
 COUNTED = "counted, with its interval"
@@ -78,7 +80,7 @@ def slope_panels(panels: Sequence[SlopePanel]) -> "Figure":
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6 * len(panels), 4.6), layout="constrained")
+    figure = Figure(figsize=(5.6 * len(panels), 4.8), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _slope_panel(axes, panel)
     return figure
@@ -91,13 +93,10 @@ def _slope_panel(axes: "Axes", panel: SlopePanel) -> None:
     axes.set_yscale("log")
     widths = [shape.width for shape in panel.shapes]
     ends = np.array([min(widths) / 1.15, max(widths) * 1.15])
-    means = [
-        (np.log(shape.width), np.log(shape.degrees).mean())
-        for shape in panel.shapes
-        if len(shape.degrees)
-    ]
-    if means:
-        x, y = np.mean(means, axis=0)
+    counted = [shape for shape in panel.shapes if len(shape.degrees)]
+    if counted:
+        x = np.mean([np.log(shape.width) for shape in counted])
+        y = np.mean([np.log(shape.degrees).mean() for shape in counted])
 
         def line(slope: float) -> np.ndarray:
             return np.asarray(np.exp(y + slope * (np.log(ends) - x)))
@@ -105,7 +104,7 @@ def _slope_panel(axes: "Axes", panel: SlopePanel) -> None:
         for name, slope in panel.theories.items():
             axes.plot(ends, line(slope), "--", color="grey", linewidth=1, label=f"_{name}")
             axes.annotate(
-                f"{name} ({slope:+.0f})",
+                f"{name}: β = {slope:+g}" if slope else f"{name}: β = 0",
                 (ends[1], line(slope)[1]),
                 (4, 0),
                 textcoords="offset points",
@@ -115,34 +114,49 @@ def _slope_panel(axes: "Axes", panel: SlopePanel) -> None:
             )
         if panel.slope is not None:
             value, low, high = panel.slope
-            fit = f"β = {value:.2f} ({low:.2f} to {high:.2f})"
+            fit = f"fit: β = {value:.2f} ({low:.2f} to {high:.2f})"
             axes.plot(ends, line(value), color="black", label=fit)
             axes.fill_between(ends, line(low), line(high), color="black", alpha=0.12, linewidth=0)
     for number, shape in enumerate(panel.shapes):
-        _models(axes, shape.width, shape.degrees, color=f"C{number}", label=shape.label)
-        lows = np.asarray(shape.at_least)
-        _arrows(axes, np.full(len(lows), shape.width), lows, 0.2 * lows)
+        colour = COLOURS[number % len(COLOURS)]
+        _models(axes, shape.width, shape.degrees, color=colour, label=f"_{shape.label}")
         _models(axes, shape.width, shape.untrained, color="none", edgecolor="grey", label=UNTRAINED)
-    axes.set_xlim(ends[0] / 1.05, ends[1] * (ends[1] / ends[0]) ** 0.5)
+        lows = np.asarray(shape.at_least)
+        _arrows(axes, _apart(shape.width, len(lows)), lows, 0.2 * lows)
+    axes.set_xlim(ends[0] / 1.05, ends[1] * (ends[1] / ends[0]) ** 0.42)
     axes.set_xticks(widths, [f"{shape.width:g}\n{shape.label}" for shape in panel.shapes])
     axes.xaxis.minorticks_off()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
+    axes.yaxis.minorticks_off()
     axes.set_xlabel("width d")
     axes.set_ylabel("features per neuron ψ")
     axes.set_title(panel.title, fontsize=10)
     # Several shapes have random models, or models that could not be counted: one entry for each.
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(list(handles.values()), list(handles), fontsize=8)
+    found, labels = axes.get_legend_handles_labels()
+    entries = dict(zip(labels, found, strict=True))
+    if entries:
+        axes.legend(
+            list(entries.values()),
+            list(entries),
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.2),
+            ncols=2,
+            fontsize=8,
+        )
 
 
 def _models(
     axes: "Axes", width: float, degrees: Sequence[float], *, color: str, label: str, **style: Any
 ) -> None:
     if len(degrees):
-        places = [width] * len(degrees)
-        axes.scatter(places, degrees, s=28, alpha=0.7, color=color, label=label, zorder=3, **style)
+        places = _apart(width, len(degrees))
+        axes.scatter(places, degrees, s=24, alpha=0.8, color=color, label=label, zorder=3, **style)
+
+
+def _apart(width: float, n: int) -> np.ndarray:
+    """Where n models of one width are drawn, so that none hides another: 1.5 % apart."""
+    return np.asarray(width * 1.015 ** (np.arange(n) - (n - 1) / 2))
 
 
 def layer_panels(parts: Mapping[str, Sequence[LayerPanel]]) -> "Figure":
@@ -157,13 +171,13 @@ def layer_panels(parts: Mapping[str, Sequence[LayerPanel]]) -> "Figure":
         parts: By title of the part (a site and an instrument), a panel for each shape.
     """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     rows = list(parts.values())
     # Panels are as wide as they have layers, and not too narrow for a title.
     columns = [max(3, *(len(row[i].histograms) for row in rows)) for i in range(len(rows[0]))]
-    size = (2.4 + 0.6 * sum(columns), 5.2 * len(parts) + 0.3)
+    size = (2.4 + 0.5 * sum(columns), 5.2 * len(parts) + 0.3)
     figure = Figure(figsize=size, layout="constrained")
-    handles: dict[str, Any] = {}
     subfigures = figure.subfigures(len(parts), 1, squeeze=False)[:, 0]
     for subfigure, (title, panels) in zip(subfigures, parts.items(), strict=True):
         subfigure.suptitle(title, fontsize=11)
@@ -183,27 +197,28 @@ def layer_panels(parts: Mapping[str, Sequence[LayerPanel]]) -> "Figure":
         widest = max((share.max() for one in shares for _, share in one.values()), default=1.0)
         for number, panel in enumerate(panels):
             upper, lower = grid[:, number]
-            _counts(upper, panel.layers, f"C{number}", 0.07 * highest)
+            colour = COLOURS[number % len(COLOURS)]
+            _counts(upper, panel.layers, colour, 0.07 * highest)
             for layer, (edges, share) in shares[number].items():
                 # The last edge ends the last bin.
                 half = 0.42 * np.append(share, share[-1]) / widest
                 lower.fill_betweenx(
-                    edges, layer - half, layer + half, step="post", color=f"C{number}", alpha=0.7
+                    edges, layer - half, layer + half, step="post", color=colour, alpha=0.7
                 )
             upper.set_title(panel.title, fontsize=10)
             lower.set_xlabel("layer")
             lower.set_xticks(sorted(panel.histograms))
             if panel.histograms:
                 lower.set_xlim(min(panel.histograms) - 0.6, max(panel.histograms) + 0.6)
-            found, labels = upper.get_legend_handles_labels()
-            handles |= dict(zip(labels, found, strict=True))
         grid[0, 0].set_ylim(0, 1.15 * highest)
         grid[0, 0].set_ylabel("features per neuron ψ")
         grid[1, 0].set_ylim(_range(shares))
         grid[1, 0].set_ylabel("log10 density")
-    figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=2, fontsize=8
-    )
+    entries = [
+        Line2D([], [], marker="o", linestyle="", color="grey", label=COUNTED),
+        Line2D([], [], marker="^", linestyle="", color=BOUND_COLOUR, label=AT_LEAST),
+    ]
+    figure.legend(handles=entries, loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
