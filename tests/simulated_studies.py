@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from saefeat.study import DensityHistogram, LayerObservation, ModelObservation, Observations
 from saefeat.study.observations import ObservedShape
@@ -24,7 +25,8 @@ SHAPES = {
         ("B", 2, 96),
     )
 }
-NO_DENSITIES = DensityHistogram(edges=(-1.0, 0.0), counts=(0,), n_never=0)
+DENSITIES = DensityHistogram.of(0.01 * 3 ** torch.special.ndtri(torch.linspace(0.001, 0.999, 500)))
+"""Of every layer: log-normal."""
 
 
 def simulated_study(
@@ -108,7 +110,7 @@ def simulated_study(
                             load=float(-estimate * density * np.log(density) / n_neurons),
                             l0=estimate * density,
                             fvu=0.1,
-                            densities=NO_DENSITIES,
+                            densities=DENSITIES,
                             n_tokens=1_000_000,
                         )
                     )

@@ -1,6 +1,6 @@
 """How often features are on, in few numbers, so that a picture can be drawn from a record."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,3 +55,22 @@ class DensityHistogram:
         return cls(
             edges=tuple(own["edges"]), counts=tuple(own["counts"]), n_never=int(own["n_never"])
         )
+
+
+def summed(histograms: Sequence[DensityHistogram]) -> DensityHistogram:
+    """One histogram of the features of several.
+
+    Raises:
+        ValueError: They have other bins than each other, or there is none.
+    """
+    edges = {one.edges for one in histograms}
+    if len(edges) != 1:
+        raise ValueError(
+            f"Only histograms of the same bins can be added, got {len(edges)} kinds of them in "
+            f"{len(histograms)}. Were the records made by several versions?"
+        )
+    return DensityHistogram(
+        edges=edges.pop(),
+        counts=tuple(map(sum, zip(*(one.counts for one in histograms), strict=True))),
+        n_never=sum(one.n_never for one in histograms),
+    )
