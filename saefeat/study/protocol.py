@@ -26,22 +26,24 @@ class Protocol:
     """Models of each shape that stay as they were initialised: the control."""
     sites: tuple[str, ...] = ("mlp", "residual")
     """Where features are counted: see `HOOKS`."""
-    layers_per_model: int | None = 4
+    layers_per_model: int | None = 2
     """Counted layers of a model, evenly spaced, the last among them; None for all."""
     context_size: int = 64
     """Tokens in a context, of the text that is read to count."""
-    n_tokens: int = 300_000
+    n_tokens: int = 400_000
     """Rows that a layer is counted on, the same text for all models."""
     held_out_tokens: int = 60_000
     """Rows of the other documents, that dictionaries are measured and correlated on."""
     count_seeds: tuple[int, ...] = (0, 1, 2)
     """Random starts of a count."""
-    picks: tuple[int, ...] = (1, 2, 4, 8, 16)
+    picks: tuple[int, ...] = (1, 2, 4)
     """What `count_features` may choose from."""
-    expansion_factors: tuple[float, ...] = (1, 2, 4)
+    expansion_factors: tuple[float, ...] = (2, 4, 8)
     """The same for the width, in atoms per neuron."""
     sae_seeds: tuple[int, ...] = (0, 1)
     """Of the BatchTopK SAEs, and of those whose decoder is frozen."""
+    sae_k: int = 4
+    """Latents that an SAE keeps on for a token, the same for all shapes."""
     sae_width: float = 2.0
     """Latents of an SAE, over what was counted, or over the neurons if those are more."""
     crosscoder: bool = True
@@ -62,7 +64,7 @@ class Protocol:
         labels = [shape.label for shape in self.shapes]
         if not set(self.pair) <= set(labels) or len(set(self.pair)) < 2:
             raise ValueError(f"pair names two of the shapes {labels}, got {self.pair}.")
-        for name in ("n_tokens", "held_out_tokens", "context_size"):
+        for name in ("n_tokens", "held_out_tokens", "context_size", "sae_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.layers_per_model is not None and self.layers_per_model < 1:
@@ -88,8 +90,8 @@ def quick() -> Protocol:
         layers_per_model=2,
         n_tokens=60_000,
         held_out_tokens=20_000,
-        picks=(1, 2, 4),
-        expansion_factors=(1, 2),
+        picks=(1, 2),
+        expansion_factors=(2, 4),
     )
 
 
@@ -99,10 +101,12 @@ def full() -> Protocol:
         shapes=FAMILY,
         model_seeds=(0, 1, 2, 3, 4),
         layers_per_model=None,
-        n_tokens=1_000_000,
+        random_seeds=(0, 1, 2, 3, 4),
+        n_tokens=2_000_000,
         held_out_tokens=100_000,
+        picks=(1, 2, 4, 8, 16),
+        expansion_factors=(2, 4, 8, 16),
         sae_seeds=(0, 1, 2),
-        expansion_factors=(1, 2, 4, 8),
     )
 
 

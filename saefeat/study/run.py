@@ -12,6 +12,7 @@ from saefeat.core.processes import run_in_processes
 from saefeat.core.progress import progress_bar
 from saefeat.models.zoo import Text, load_text, train_family
 from saefeat.study.analysis import findings
+from saefeat.study.figures import layer_figure, slope_figure
 from saefeat.study.finding import Findings
 from saefeat.study.observations import Observations, ObservedShape
 from saefeat.study.observe import Subject, observe, parts
@@ -78,6 +79,8 @@ def run_study(
     write_json(out / "observations.json", observations.to_dict())
     write_json(out / "findings.json", found.to_dict())
     write_bytes(out / "findings.txt", f"{found}\n".encode())
+    slope_figure(found, observations).savefig(out / "slope.png")
+    layer_figure(found, observations, protocol.rules).savefig(out / "layers.png")
     return found
 
 
