@@ -122,7 +122,8 @@ def test_an_untrained_model_is_about_as_unsure_as_can_be():
 
 def test_a_and_b_have_equally_many_parameters():
     assert A.n_parameters == B.n_parameters == 221_184
-    assert B.d_model == 2 * A.d_model and 4 * B.n_layers == A.n_layers
+    assert B.d_model == 2 * A.d_model
+    assert 4 * B.n_layers == A.n_layers
 
 
 def test_a_budget_states_how_far_its_shapes_miss_it():
@@ -132,7 +133,8 @@ def test_a_budget_states_how_far_its_shapes_miss_it():
         assert abs(one.mismatch_percent) < 5
         assert one.shape.d_model % one.shape.n_heads == 0
     (deep,) = budget(221_184, n_layers=[8])
-    assert deep.shape == A and deep.mismatch_percent == 0
+    assert deep.shape == A
+    assert deep.mismatch_percent == 0
 
 
 @pytest.mark.parametrize(

@@ -93,10 +93,16 @@ def _slope_panel(axes: "Axes", panel: SlopePanel) -> None:
     axes.set_yscale("log")
     widths = [shape.width for shape in panel.shapes]
     ends = np.array([min(widths) / 1.15, max(widths) * 1.15])
-    counted = [shape for shape in panel.shapes if len(shape.degrees)]
-    if counted:
-        x = np.mean([np.log(shape.width) for shape in counted])
-        y = np.mean([np.log(shape.degrees).mean() for shape in counted])
+    # Where nothing was counted the theories' slopes go through the bounds, to be compared by eye.
+    is_counted = any(len(shape.degrees) for shape in panel.shapes)
+    drawn = {
+        shape.width: _positive(shape.degrees if is_counted else shape.at_least)
+        for shape in panel.shapes
+    }
+    drawn = {width: values for width, values in drawn.items() if len(values)}
+    if drawn:
+        x = np.mean(np.log(list(drawn)))
+        y = np.mean([np.log(values).mean() for values in drawn.values()])
 
         def line(slope: float) -> np.ndarray:
             return np.asarray(np.exp(y + slope * (np.log(ends) - x)))
@@ -121,7 +127,7 @@ def _slope_panel(axes: "Axes", panel: SlopePanel) -> None:
         colour = COLOURS[number % len(COLOURS)]
         _models(axes, shape.width, shape.degrees, color=colour, label=f"_{shape.label}")
         _models(axes, shape.width, shape.untrained, color="none", edgecolor="grey", label=UNTRAINED)
-        lows = np.asarray(shape.at_least)
+        lows = _positive(shape.at_least)
         _arrows(axes, _apart(shape.width, len(lows)), lows, 0.2 * lows)
     axes.set_xlim(ends[0] / 1.05, ends[1] * (ends[1] / ends[0]) ** 0.42)
     axes.set_xticks(widths, [f"{shape.width:g}\n{shape.label}" for shape in panel.shapes])
@@ -144,6 +150,12 @@ def _slope_panel(axes: "Axes", panel: SlopePanel) -> None:
             ncols=2,
             fontsize=8,
         )
+
+
+def _positive(degrees: Sequence[float]) -> np.ndarray:
+    """Those that have a logarithm; a bound of 0 says nothing."""
+    values = np.asarray(degrees, dtype=np.float64)
+    return values[values > 0]
 
 
 def _models(
@@ -210,7 +222,7 @@ def layer_panels(parts: Mapping[str, Sequence[LayerPanel]]) -> "Figure":
             lower.set_xticks(sorted(panel.histograms))
             if panel.histograms:
                 lower.set_xlim(min(panel.histograms) - 0.6, max(panel.histograms) + 0.6)
-        grid[0, 0].set_ylim(0, 1.15 * highest)
+        grid[0, 0].set_ylim(0, 1.15 * highest or 1)
         grid[0, 0].set_ylabel("features per neuron ψ")
         grid[1, 0].set_ylim(_range(shares))
         grid[1, 0].set_ylabel("log10 density")

@@ -180,7 +180,10 @@ def observe_layer(
             )
         )
         if not is_frozen:
-            next(iter(bank.values())).save(folder / "saes" / f"{site}-{layer}")
+            place = folder / "saes" / f"{site}-{layer}"
+            # Of a call that was killed before it could write what it had found.
+            shutil.rmtree(place, ignore_errors=True)
+            next(iter(bank.values())).save(place)
     return observed
 
 

@@ -130,7 +130,7 @@ def _train(
     out: Path,
     target_loss: float | None,
     tolerance: float,
-    steps: "Queue[int]",
+    steps: Any,
 ) -> ZooModel:
     unsent = 0
 
