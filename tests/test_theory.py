@@ -349,3 +349,39 @@ def test_load_wants_one_row_of_densities_and_a_neuron() -> None:
             load([0.1], n_neurons)
         with pytest.raises(ValueError, match=f"n_neurons={n_neurons}"):
             max_degree_with_square_term(0.1, n_neurons)
+
+
+def test_a_fitted_law_is_the_one_that_losses_follow() -> None:
+    law = PowerLaw(critical=1e9, exponent=0.08)
+    sizes = [1e4, 3e4, 1e5, 3e5]
+    exact = FittedLaw.of(sizes, [law.loss(n) for n in sizes])
+    assert exact.law.exponent == pytest.approx(0.08)
+    assert exact.law.critical == pytest.approx(1e9)
+    assert exact.worst < 1e-9
+
+
+def test_the_interval_of_a_fitted_exponent_covers() -> None:
+    law, generator = PowerLaw(critical=1e9, exponent=0.08), np.random.default_rng(0)
+    sizes = np.repeat([1e4, 3e4, 1e5, 3e5], 2)
+    covered = 0
+    for _ in range(400):
+        noise = np.exp(0.01 * generator.standard_normal(len(sizes)))
+        fitted = FittedLaw.of(
+            list(sizes), [law.loss(n) * e for n, e in zip(sizes, noise, strict=True)]
+        )
+        covered += fitted.low <= 0.08 <= fitted.high
+    assert 0.92 <= covered / 400 <= 0.98
+
+
+@pytest.mark.parametrize(
+    ("sizes", "losses", "words"),
+    [
+        ([1e4, 1e4, 1e5], [2.0, 2.0, 1.8], "three different"),
+        ([1e4, 1e5], [2.0, 1.8], "three different"),
+        ([1e4, 1e5, 1e6], [1.8, 2.0, 2.2], "do not fall"),
+        ([1e4, 1e5, 1e6], [2.0, -1.8, 1.6], "loss"),
+    ],
+)
+def test_losses_that_no_law_fits_are_an_error(sizes, losses, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        FittedLaw.of(sizes, losses)

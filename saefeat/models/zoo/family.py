@@ -24,7 +24,7 @@ class Family:
     """Models of several shapes, each shape with the same seeds."""
 
     equal_loss: tuple[ZooModel, ...]
-    """Decayed to the target, shape by shape and seed by seed."""
+    """Decayed to the target, shape by shape and seed by seed; empty if that was not asked for."""
     equal_tokens: tuple[ZooModel, ...]
     """The same models after equally many tokens."""
     target_loss: float
@@ -61,6 +61,7 @@ def train_family(
     *,
     text: str | Path | Text | None = None,
     out: str | Path | None = None,
+    equal_loss: bool = True,
     target_loss: float | None = None,
     tolerance: float = 0.005,
     processes: int | None = None,
@@ -77,6 +78,7 @@ def train_family(
         options: How; the rate is by shape.
         text: What `load_text` takes or gives; None for the sources of Python's standard library.
         out: Folder of models; None for `zoo` in saefeat's cache folder.
+        equal_loss: Whether to decay them to one loss too.
         target_loss: In nats a token; None for the highest loss that a model has after all tokens.
         tolerance: Share of the target that a loss may be away from it.
         processes: Models that are trained at a time, a thread each; None for as many as there
@@ -118,7 +120,7 @@ def train_family(
         whole = trained("models", [None] * len(places))
         if target_loss is None:
             target_loss = max(model.validation_loss for model in whole)
-        equal = trained("equal loss", [target_loss] * len(places))
+        equal = trained("equal loss", [target_loss] * len(places)) if equal_loss else ()
     return Family(equal_loss=equal, equal_tokens=whole, target_loss=target_loss)
 
 

@@ -23,6 +23,7 @@ from saefeat.superposition.theory.scaling_laws import (
     LOSS_FROM_PARAMETERS,
     LOSS_FROM_PARAMETERS_AND_TOKENS,
     LOSS_FROM_TOKENS,
+    FittedLaw,
     JointLaw,
     PowerLaw,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "LOSS_FROM_PARAMETERS_AND_TOKENS",
     "LOSS_FROM_TOKENS",
     "WIDENING_EXPONENTS",
+    "FittedLaw",
     "JointLaw",
     "PowerLaw",
     "Shape",

@@ -1,7 +1,11 @@
 """What a loss costs in parameters, tokens and compute (Kaplan et al. 2020, arXiv:2001.08361)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
 
 from saefeat.superposition.theory.checks import check_positive
 
@@ -47,6 +51,59 @@ class PowerLaw:
                 f"A gap is a fraction of the loss, above -1 (0.01 is 1 %); got {loss_gap}."
             )
         return float((1 + loss_gap) ** (1 / self.exponent))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FittedLaw:
+    """A power law through losses that were measured."""
+
+    law: PowerLaw
+    low: float
+    """Ends of the 95 % interval of the exponent, by Student's t of the regression:"""
+    high: float
+    worst: float
+    """The largest deviation of a loss from the law, as a share of it."""
+
+    @classmethod
+    def of(cls, amounts: Sequence[float], losses: Sequence[float]) -> "FittedLaw":
+        """ln L = alpha (ln x_c - ln x) by least squares.
+
+        Args:
+            amounts: x of each model, such as its parameters; three different ones at least.
+            losses: What each reached, in nats a token; of one amount there may be several.
+
+        Raises:
+            ValueError: There are too few amounts, or the losses do not fall with them.
+        """
+        if len(amounts) != len(losses) or len(set(amounts)) < 3:
+            raise ValueError(
+                "A power law is fitted to a loss for each amount, of three different amounts at "
+                f"least, got {len(losses)} losses of {len(set(amounts))} amounts."
+            )
+        for amount, loss in zip(amounts, losses, strict=True):
+            check_positive("A scaling law", amount=amount, loss=loss)
+        x, y = np.log(amounts), np.log(losses)
+        fitted = stats.linregress(x, y)
+        exponent = -float(fitted.slope)
+        if exponent <= 0:
+            raise ValueError(
+                f"The losses do not fall: the slope of ln L on ln x is {-exponent:.3g}. Were all "
+                "models trained alike, and long enough?"
+            )
+        half = float(stats.t.ppf(0.975, len(x) - 2) * fitted.stderr)
+        deviations = np.expm1(y - (fitted.intercept + fitted.slope * x))
+        return cls(
+            law=PowerLaw(critical=math.exp(fitted.intercept / exponent), exponent=exponent),
+            low=exponent - half,
+            high=exponent + half,
+            worst=float(np.abs(deviations).max()),
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"L = ({self.law.critical:.3g} / x)^{self.law.exponent:.3f}, exponent "
+            f"{self.low:.3f} to {self.high:.3f}, off by {self.worst:.1%} at most"
+        )
 
 
 LOSS_FROM_PARAMETERS = PowerLaw(critical=8.8e13, exponent=0.076)
