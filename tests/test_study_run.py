@@ -89,7 +89,7 @@ def test_models_of_ones_own_take_the_place_of_the_zoo(tmp_path, text):
     models = [
         random_model(shape, seed, device="cpu") for shape in (NARROW, WIDE) for seed in (0, 1)
     ]
-    protocol = replace(PROTOCOL, crosscoder=False)
+    protocol = replace(PROTOCOL, crosscoder_sites=())
     found = study(tmp_path / "study", text, protocol, models=models)
     observations = json.loads((tmp_path / "study" / "observations.json").read_text())
     shapes = [(one["label"], one["n_parameters"]) for one in observations["shapes"]]

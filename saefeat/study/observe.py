@@ -75,8 +75,7 @@ def parts(subject: Subject, protocol: Protocol) -> list[str]:
     """The names of the files that a finished model has."""
     layers = protocol.layers(subject.n_layers)
     names = [f"layer-{site}-{layer}" for site in protocol.sites for layer in layers]
-    if protocol.crosscoder:
-        names += [f"joint-{site}" for site in protocol.sites]
+    names += [f"joint-{site}" for site in protocol.crosscoder_sites if site in protocol.sites]
     return ["model", *names]
 
 

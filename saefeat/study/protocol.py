@@ -30,15 +30,15 @@ class Protocol:
     """Counted layers of a model, evenly spaced, the last among them; None for all."""
     context_size: int = 64
     """Tokens in a context, of the text that is read to count."""
-    n_tokens: int = 400_000
+    n_tokens: int = 300_000
     """Rows that a layer is counted on, the same text for all models."""
     held_out_tokens: int = 60_000
     """Rows of the other documents, that dictionaries are measured and correlated on."""
     count_seeds: tuple[int, ...] = (0, 1, 2)
     """Random starts of a count."""
-    picks: tuple[int, ...] = (1, 2, 4)
+    picks: tuple[int, ...] = (1, 2)
     """What `count_features` may choose from."""
-    expansion_factors: tuple[float, ...] = (2, 4, 8)
+    expansion_factors: tuple[float, ...] = (2, 4)
     """The same for the width, in atoms per neuron."""
     sae_seeds: tuple[int, ...] = (0, 1)
     """Of the BatchTopK SAEs, and of those whose decoder is frozen."""
@@ -46,13 +46,14 @@ class Protocol:
     """Latents that an SAE keeps on for a token, the same for all shapes."""
     sae_width: float = 2.0
     """Latents of an SAE, over what was counted, or over the neurons if those are more."""
-    crosscoder: bool = True
-    """Whether to train one over all layers of each model, for the reuse of features."""
+    crosscoder_sites: tuple[str, ...] = ("residual",)
+    """Where to train one over all layers of each model, for the reuse of features: what is in the
+    residual stream can persist, while the hidden neurons of each MLP are its own."""
     rules: Rules = field(default_factory=Rules)
     """Levels, margins and predictions of the verdict."""
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.sites) - set(HOOKS))
+        unknown = sorted({*self.sites, *self.crosscoder_sites} - set(HOOKS))
         if unknown or not self.sites:
             raise ValueError(f"sites are some of {', '.join(HOOKS)}, got {list(self.sites)}.")
         if len(self.shapes) < 2 or len(self.model_seeds) < 2 or len(self.sae_seeds) < 2:
@@ -90,8 +91,6 @@ def quick() -> Protocol:
         layers_per_model=2,
         n_tokens=60_000,
         held_out_tokens=20_000,
-        picks=(1, 2),
-        expansion_factors=(2, 4),
     )
 
 
