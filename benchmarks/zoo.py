@@ -5,7 +5,8 @@
 
 `step` has, for the shapes A and B, seconds of one step (4,096 tokens, one thread) by the compiled
 decoder and by transformers' GPT-2 with torch.optim.AdamW, both in bfloat16 where that is faster
-(autocast for transformers), taking turns; `ratio` is the median over the rounds of theirs over ours.
+(autocast for transformers), taking turns; `ratio` is the median over the rounds of theirs over
+ours.
 
 `sizes` trains models of one aspect ratio and several sizes on equally many tokens, and prints the
 power law through their losses (Kaplan et al. 2020, eq. 1.1). Models are kept in the cache folder.

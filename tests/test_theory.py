@@ -3,6 +3,7 @@
 import doctest
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,6 +18,7 @@ from saefeat.superposition.theory import (
     LOSS_FROM_PARAMETERS_AND_TOKENS,
     LOSS_FROM_TOKENS,
     WIDENING_EXPONENTS,
+    FittedLaw,
     PowerLaw,
     Shape,
     capacity,
