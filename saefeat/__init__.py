@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from saefeat import metrics as metrics
+    from saefeat import study as study
     from saefeat import superposition as superposition
     from saefeat.activations.hooks import read_activations as read_activations
     from saefeat.activations.store import ActivationStore as ActivationStore
@@ -96,7 +97,7 @@ _HOMES = {
 }
 """Where each public name is defined."""
 
-_ROOMS = ("metrics", "superposition")
+_ROOMS = ("metrics", "study", "superposition")
 """Modules that are public as a whole."""
 
 __all__ = [*sorted(_HOMES), *_ROOMS]

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import saefeat
 from saefeat.activations.stream import ActivationStream
 from saefeat.core.progress import progress_bar
 from saefeat.dictionaries.base import Dictionary
@@ -132,7 +132,7 @@ def measure(
             )
         measured.append(row)
     return Report(
-        saefeat_version=saefeat.__version__,
+        saefeat_version=metadata.version("saefeat"),
         model=stream.model_name,
         n_tokens=n_seen,
         rows=measured,

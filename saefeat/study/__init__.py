@@ -1,7 +1,9 @@
 """The equal-parameter study: do models of one size and unequal shapes divide their features?
 
-`observations` is what was seen, `replicates` makes one number a model of it, `statistics` has the
-tests, `verdict` the judgement by `rules`, and `analysis` puts them together.
+`run` is the whole of it, by a `protocol` that is written down first: `subjects` are the models,
+`observe` and `pairs` look at them. `observations` is what was seen, `replicates` makes one number a
+model of it, `statistics` has the tests, `verdict` the judgement by `rules`, `analysis` puts them
+together, and `figures` draws them.
 """
 
 from saefeat.study.analysis import findings
@@ -15,7 +17,9 @@ from saefeat.study.observations import (
     ObservedShape,
     PairObservation,
 )
+from saefeat.study.protocol import Protocol
 from saefeat.study.rules import Rules
+from saefeat.study.run import run_study
 from saefeat.study.verdict import Evidence, Verdict, judge
 
 __all__ = [
@@ -29,8 +33,10 @@ __all__ = [
     "Observations",
     "ObservedShape",
     "PairObservation",
+    "Protocol",
     "Rules",
     "Verdict",
     "findings",
     "judge",
+    "run_study",
 ]
