@@ -48,9 +48,10 @@ def conclude(
             f"Only {last.n_strict} of {last.n_features} features are in all starts at a cosine of "
             "0.95: they have not settled. More rows may help."
         )
-    # With fewer picks there are more sums among what starts agree on.
+    # With fewer picks there are more sums among what starts agree on, and one is always by chance.
     most = max(step.n_strict for step in steps if step.picks >= last.picks)
-    if most > (1 + MARGIN) * max(last.n_features, last.chao2):
+    known = max(last.n_features, last.chao2)
+    if most > known + max(1, MARGIN * known):
         reasons.append(
             f"Dictionaries of another width agree on {most} features, these on "
             f"{last.n_features}: the count has not settled."
