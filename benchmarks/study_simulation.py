@@ -59,16 +59,6 @@ SHAPES = tuple(
 """
 
 
-@dataclass
-class Options:
-    out: Path = Path("study_simulation.csv")
-    runs: int = 20
-    """Of each theory."""
-    theories: tuple[str, ...] = tuple(sf.superposition.DEGREE_SLOPES)
-    n_tokens: int = 80_000
-    """Rows that a layer is counted on."""
-
-
 def partitioned(shape: ObservedShape, size: float, generator: np.random.Generator) -> np.ndarray:
     """Each of as many features as the four layers of A hold lies in one layer, by chance."""
     total = round(size * DEGREE * SHAPES[0].d_model * SHAPES[0].n_layers)
@@ -91,6 +81,16 @@ TRUTHS: dict[str, Callable[[ObservedShape, float, np.random.Generator], np.ndarr
     "shared": shared,
 }
 """Features of each layer of a model, by theory; `size` is how much it holds beside others."""
+
+
+@dataclass
+class Options:
+    out: Path = Path("study_simulation.csv")
+    runs: int = 20
+    """Of each theory."""
+    theories: tuple[str, ...] = tuple(TRUTHS)
+    n_tokens: int = 80_000
+    """Rows that a layer is counted on."""
 
 
 def simulated(theory: str, run: int, n_tokens: int) -> tuple[dict[str, float], Observations]:
