@@ -183,6 +183,15 @@ def test_a_shape_that_was_not_looked_at_leaves_its_panel_empty() -> None:
     assert png_bytes(slope_figure(found, study)).startswith(PNG)
 
 
+def test_where_nothing_was_found_there_is_nothing_to_draw() -> None:
+    nothing = {"estimate": 0.0, "low": 0.0, "high": None, "identifiable": False}
+    study = replace(STUDY, layers=tuple(replace(one, **nothing) for one in STUDY.layers))
+    found = findings(study, RULES)
+    (axes,) = slope_figure(found, study).axes
+    assert axes.containers == []
+    assert png_bytes(layer_figure(found, study, RULES)).startswith(PNG)
+
+
 def test_histograms_of_unequal_bins_are_not_added() -> None:
     other = replace(
         STUDY.layers[0], densities=DensityHistogram(edges=(-1, 0), counts=(1,), n_never=0)

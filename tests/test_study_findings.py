@@ -272,6 +272,59 @@ def test_the_table_has_the_ratios_of_the_note() -> None:
     assert predicted["aspect ratio"] == 8
 
 
+def test_neurons_are_those_that_features_were_counted_on() -> None:
+    rows = {row.name: row for row in findings(EXACT, RULES).parts[0].table}
+    # Of the MLPs, four times as wide as the stream.
+    assert (rows["neurons per layer"].narrow, rows["neurons per layer"].wide) == (4 * 48, 4 * 96)
+    assert (rows["neurons"].narrow, rows["neurons"].wide) == (4 * 48 * 8, 4 * 96 * 2)
+    for row in (rows["features per layer"], rows["features, summed over layers"]):
+        neurons = rows["neurons per layer" if "per layer" in row.name else "neurons"]
+        assert row.narrow / neurons.narrow == pytest.approx(rows["features per neuron"].narrow)
+        assert row.wide / neurons.wide == pytest.approx(rows["features per neuron"].wide)
+
+
+def test_layers_that_stand_for_all_are_added_up_to_all() -> None:
+    def sums(study: Observations) -> list[float]:
+        names = ("features, summed over layers", "features, each counted once")
+        return [row_of(study, name).narrow for name in names]
+
+    layers = tuple(replace(one, estimate=600.0, low=590.0, high=610.0) for one in EXACT.layers)
+    whole_study = whole(replace(EXACT, layers=layers))
+    some = tuple(one for one in layers if one.layer % 2)
+    assert sums(replace(whole_study, layers=some)) == pytest.approx(sums(whole_study))
+
+
+def test_where_a_shape_could_not_be_counted_the_table_has_its_lower_bounds() -> None:
+    layers = [failed(one, 0.3) if one.shape_label == "B" else one for one in EXACT.layers]
+    found = findings(replace(EXACT, layers=tuple(layers)), RULES).parts[0]
+    rows = {row.name: row for row in found.table}
+    for name, value in (
+        ("features per neuron", 0.3 * 6),
+        ("features per layer", 0.3 * 6 * 4 * 96),
+        ("features, summed over layers", 0.3 * 6 * 4 * 96 * 2),
+    ):
+        assert rows[name].wide == pytest.approx(value)
+        assert rows[name].are_bounds == (False, True)
+        assert rows[name].measured is None, "a ratio to a lower bound is no measurement"
+    assert rows["2 x load"].wide is None
+    line = next(line for line in str(found).splitlines() if line.startswith("features per neuron"))
+    assert line.split()[3:6] == ["3", "≥", "1.8"]
+    assert line.endswith("not measured")
+
+
+def test_the_table_goes_to_json_with_theories_and_measured_ratios() -> None:
+    facts = json.loads(json.dumps(findings(whole(EXACT), RULES).to_dict()))
+    rows = {row["name"]: row for row in facts["parts"][0]["table"]}
+    degree = rows["features per neuron"]
+    assert degree["predicted"] == {"partitioned": 2.0, "filled": 1.0, "shared": 0.5}
+    assert degree["measured"]["low"] < degree["measured"]["value"] < degree["measured"]["high"]
+    assert degree["measured"]["value"] == pytest.approx(2)
+    held = rows["layers that hold a latent"]
+    assert (held["narrow"], held["wide"]) == pytest.approx((1.115, 1.115))
+    assert held["measured"]["value"] == pytest.approx(1)
+    assert held["predicted"] == {"partitioned": 1.0, "filled": None, "shared": 0.25}
+
+
 def test_what_was_not_measured_is_said_so_and_not_made_up() -> None:
     found = findings(EXACT, RULES).parts[0]
     assert found.universality is None

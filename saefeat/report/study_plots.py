@@ -202,9 +202,8 @@ def layer_panels(parts: Mapping[str, Sequence[LayerPanel]]) -> "Figure":
             width_ratios=columns,
             height_ratios=(3, 2),
         )
-        highest = max(
-            one.degree if one.high is None else one.high for p in panels for one in p.layers
-        )
+        tops = [one.degree if one.high is None else one.high for p in panels for one in p.layers]
+        highest = max(tops, default=0.0) or 1.0
         shares = [_shares(panel) for panel in panels]
         widest = max((share.max() for one in shares for _, share in one.values()), default=1.0)
         for number, panel in enumerate(panels):

@@ -73,13 +73,10 @@ def _finding(
     densities = _densities(pairs, rules)
     null, u = _universality(pairs, rules)
     joint = [one for one in observations.joint if one.site == site and one.control == "trained"]
-    reuse = {
-        shape.label: mean(values, rules.level)
-        for shape in (narrow, wide)
-        if len(values := _numbers(joint, shape.label, "reuse")) >= 2
-    }
+    held = {one.label: _numbers(joint, one.label, "reuse") for one in (narrow, wide)}
+    reuse = {k: mean(values, rules.level) for k, values in held.items() if len(values) >= 2}
     features = [_whole_features(shape, joint, counts) for shape, counts in ((narrow, a), (wide, b))]
-    table = comparison(narrow, wide, a, b, features, densities, u, reuse, rules)
+    table = comparison(narrow, wide, a, b, features, densities, u, list(held.values()), rules)
     loads = [_twice_load(counts, rules) for counts in (a, b)]
     feature_row = next(row for row in table if row.name == "features, each counted once")
     evidence = Evidence(
@@ -184,7 +181,7 @@ def _whole_features(
         return counted
     reuse = {one.model_seed: one.reuse for one in joint if one.shape_label == shape.label}
     found = [
-        one.features_per_layer * one.n_layers / pi
+        one.features_per_layer * shape.n_layers / pi
         for one in counts.replicates
         if (pi := reuse.get(one.model_seed)) is not None
     ]

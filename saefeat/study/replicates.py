@@ -50,6 +50,8 @@ class ShapeCounts:
     """of so many."""
     at_least: float
     """Features per neuron, by the low ends of all layers' counts."""
+    n_neurons: float | None
+    """Of a layer, where it was counted; None if no layer was."""
 
     def values(self, of: Callable[[Replicate], float]) -> Float[np.ndarray, " n"]:
         """A number of each replicate."""
@@ -143,6 +145,7 @@ def shape_counts(shape_label: str, layers: Sequence[LayerObservation], rules: Ru
         n_counted=int(counted.sum()),
         n_layers=counted.size,
         at_least=float(np.mean(lows)) if lows else 0.0,
+        n_neurons=float(np.mean([one.n_neurons for one in own.values()])) if own else None,
     )
 
 

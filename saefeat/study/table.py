@@ -1,7 +1,7 @@
 """The table of the narrow and the wide shape: what theories predict beside what was measured."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +26,8 @@ class TableRow:
     """B over A by each theory, at equal loss; None where it says nothing."""
     measured: Estimate | None
     """B over A; a point where it is a matter of the shapes."""
+    are_bounds: tuple[bool, bool] = (False, False)
+    """Whether `narrow` and `wide` are lower bounds, of models that could not be counted."""
 
 
 def comparison(
@@ -36,7 +38,7 @@ def comparison(
     whole_features: Sequence[np.ndarray | None],
     densities: Equivalence | None,
     universality: Estimate | None,
-    reuse: Mapping[str, Estimate],
+    reuse: Sequence[np.ndarray],
     rules: Rules,
 ) -> tuple[TableRow, ...]:
     """The table of Katta 2024 (arXiv:2407.01459), and what else tells the theories apart.
@@ -47,61 +49,83 @@ def comparison(
     layer.
     """
     factor = wide.d_model / narrow.d_model
+    shapes, both = (narrow, wide), (narrow_counts, wide_counts)
+    n_layers = {shape.label: shape.n_layers for shape in shapes}
+    neurons = [one.n_neurons for one in both]
+    all_neurons = [
+        None if n is None else n * shape.n_layers for n, shape in zip(neurons, shapes, strict=True)
+    ]
 
-    def exact(name: str, of: Callable[[ObservedShape], float]) -> TableRow:
-        a, b = float(of(narrow)), float(of(wide))
-        power = WIDENING_EXPONENTS[name]
-        point = Estimate(value=b / a, low=b / a, high=b / a)
-        predicted: dict[str, float | None] = dict.fromkeys(DEGREE_SLOPES, factor**power)
+    def exact(name: str, a: float | None, b: float | None) -> TableRow:
+        predicted: dict[str, float | None] = dict.fromkeys(
+            DEGREE_SLOPES, factor ** WIDENING_EXPONENTS[name]
+        )
+        point = None
+        if a is not None and b is not None:
+            point = Estimate(value=b / a, low=b / a, high=b / a)
         return TableRow(name=name, narrow=a, wide=b, predicted=predicted, measured=point)
 
+    def measured(name: str, exponent: int, of: Callable[[Replicate], float]) -> TableRow:
+        values = [one.values(of) for one in both]
+        return _row(name, values, _powers(factor, exponent), None, rules)
+
     def counted(
-        name: str, exponent: int, of: Callable[[Replicate], float], is_count: bool
+        name: str,
+        exponent: int,
+        of: Callable[[Replicate], float],
+        per_neuron: Sequence[float | None],
     ) -> TableRow:
-        sds = np.array([narrow_counts.count_sd, wide_counts.count_sd]) if is_count else None
-        values = [one.values(of) for one in (narrow_counts, wide_counts)]
-        return _row(name, values, _powers(factor, exponent), sds, rules)
+        """`per_neuron` is what a feature per neuron is worth: for lower bounds."""
+        values = [one.values(of) for one in both]
+        sds = np.array([one.count_sd for one in both])
+        row = _row(name, values, _powers(factor, exponent), sds, rules)
+        bounds = [
+            None if each is None or one.replicates else one.at_least * each
+            for one, each in zip(both, per_neuron, strict=True)
+        ]
+        return replace(
+            row,
+            narrow=row.narrow if bounds[0] is None else bounds[0],
+            wide=row.wide if bounds[1] is None else bounds[1],
+            are_bounds=(bounds[0] is not None, bounds[1] is not None),
+        )
 
     def only(name: str, measured: Estimate | None, ratios: float | None) -> TableRow:
         predicted: dict[str, float | None] = dict.fromkeys(DEGREE_SLOPES, ratios)
         return TableRow(name=name, narrow=None, wide=None, predicted=predicted, measured=measured)
 
     once: dict[str, float | None] = {"partitioned": 1.0, "filled": None, "shared": 1.0}
+    held = {"partitioned": 1.0, "filled": None, "shared": wide.n_layers / narrow.n_layers}
     density = None
     if densities is not None:
         e = densities.estimate
         density = Estimate(value=2**e.value, low=2**e.low, high=2**e.high)
-    pi = [reuse[shape.label].value if shape.label in reuse else None for shape in (narrow, wide)]
     return (
-        exact("parameters", lambda one: one.n_parameters),
-        exact("neurons per layer", lambda one: one.d_model),
-        exact("layers", lambda one: one.n_layers),
-        exact("neurons", lambda one: one.d_model * one.n_layers),
-        exact("aspect ratio", lambda one: one.d_model / one.n_layers),
+        exact("parameters", *(float(one.n_parameters) for one in shapes)),
+        exact("neurons per layer", *neurons),
+        exact("layers", *(float(one.n_layers) for one in shapes)),
+        exact("neurons", *all_neurons),
+        exact("aspect ratio", *(one.d_model / one.n_layers for one in shapes)),
         _row("features, each counted once", whole_features, once, None, rules),
         counted(
             "features, summed over layers",
             -1,
-            lambda one: one.features_per_layer * one.n_layers,
-            True,
+            # Layers may have been counted that stand for all.
+            lambda one: one.features_per_layer * n_layers[one.shape_label],
+            all_neurons,
         ),
-        counted("features per layer", 1, lambda one: one.features_per_layer, True),
-        counted("features per neuron", 0, lambda one: one.features_per_neuron, True),
-        counted("2 x load", 0, lambda one: 2 * one.load, False),
-        counted("L0 per layer", 1, lambda one: one.l0, False),
+        counted("features per layer", 1, lambda one: one.features_per_layer, neurons),
+        counted(
+            "features per neuron",
+            0,
+            lambda one: one.features_per_neuron,
+            [None if n is None else 1.0 for n in neurons],
+        ),
+        measured("2 x load", 0, lambda one: 2 * one.load),
+        measured("L0 per layer", 1, lambda one: one.l0),
         only("density of matched features", density, 1.0),
         only("universality U", universality, 1.0),
-        TableRow(
-            name="layers that hold a latent",
-            narrow=pi[0],
-            wide=pi[1],
-            predicted={
-                "partitioned": 1.0,
-                "filled": None,
-                "shared": wide.n_layers / narrow.n_layers,
-            },
-            measured=None,
-        ),
+        _row("layers that hold a latent", reuse, held, None, rules),
     )
 
 
@@ -118,16 +142,15 @@ def table_lines(rows: Sequence[TableRow]) -> list[str]:
         predicted = " ".join(f"{_number(row.predicted[name]):>11}" for name in theories)
         if row.measured is None:
             measured = "not measured"
-            if row.wide is not None and row.narrow:
-                measured = _number(row.wide / row.narrow)
         elif row.measured.low == row.measured.high:
             measured = _number(row.measured.value)
         else:
             measured = str(row.measured)
-        lines.append(
-            f"{row.name:<29} {_number(row.narrow):>10} {_number(row.wide):>10} {predicted}  "
-            f"{measured}"
+        a, b = (
+            "≥ " * is_bound + _number(value)
+            for value, is_bound in zip((row.narrow, row.wide), row.are_bounds, strict=True)
         )
+        lines.append(f"{row.name:<29} {a:>10} {b:>10} {predicted}  {measured}")
     return lines
 
 
