@@ -139,7 +139,7 @@ def test_what_is_not_damaged_is_used(kind: str) -> None:
 
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True)
-MANY = settings(max_examples=4000, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def fuzz_a_dictionary(kind: str, data: st.DataObject) -> None:

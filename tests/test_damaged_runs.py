@@ -152,7 +152,7 @@ def test_what_is_not_damaged_is_used(kind: str) -> None:
 
 
 FEW = settings(max_examples=30, deadline=None, derandomize=True)
-MANY = settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def fuzz(kind: str, data: st.DataObject) -> None:
