@@ -8,7 +8,7 @@ turn needs only for a moment is not seen; what it leaves behind is.
 
 - turn: how many had been made. The first two warm up: caches, compiled loops, pools of threads.
 - resident_megabytes: memory of the process after the turn, freed blocks given back.
-- open_files: file handles, sockets and pipes; threads: those of the process.
+- open_files: file handles, sockets and pipes. running_threads: those of Python.
 
 A line at the end says whether they are flat: no more handles or threads than after warming up, and
 memory that rises by less than 2 % from the median of the second quarter to that of the last.
@@ -97,7 +97,7 @@ def main(options: Options) -> None:
             "minutes": round((time.monotonic() - started) / 60, 2),
             "resident_megabytes": round(process_bytes() / 1e6, 1),
             "open_files": len(list(Path("/proc/self/fd").iterdir())),
-            "threads": threading.active_count(),
+            "running_threads": threading.active_count(),
         }
         write_row(options.out, {**where(device), **now})
         measured.append(now)
@@ -110,10 +110,10 @@ def verdict(measured: list[dict[str, float]]) -> str:
     memory = [one["resident_megabytes"] for one in measured]
     early = statistics.median(memory[quarter : 2 * quarter])
     late = statistics.median(memory[-quarter:])
-    handles = [(one["open_files"], one["threads"]) for one in measured]
+    handles = [(one["open_files"], one["running_threads"]) for one in measured]
     is_flat = late < 1.02 * early and handles[-1] <= handles[0]
     return (
-        f"{'flat' if is_flat else 'NOT FLAT'}: {early:.1f} to {late:.1f} MB, (open files, threads) "
+        f"{'flat' if is_flat else 'NOT FLAT'}: {early:.1f} to {late:.1f} MB, (open files, running threads) "
         f"{handles[0]} to {handles[-1]}, {len(measured)} turns after warming up"
     )
 
