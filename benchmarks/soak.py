@@ -110,11 +110,14 @@ def verdict(measured: list[dict[str, float]]) -> str:
     memory = [one["resident_megabytes"] for one in measured]
     early = statistics.median(memory[quarter : 2 * quarter])
     late = statistics.median(memory[-quarter:])
-    handles = [(one["open_files"], one["running_threads"]) for one in measured]
-    is_flat = late < 1.02 * early and handles[-1] <= handles[0]
+    handles = {
+        name: (int(measured[0][name]), int(measured[-1][name]))
+        for name in ("open_files", "running_threads")
+    }
+    is_flat = late < 1.02 * early and all(last <= first for first, last in handles.values())
     return (
-        f"{'flat' if is_flat else 'NOT FLAT'}: {early:.1f} to {late:.1f} MB, (open files, running threads) "
-        f"{handles[0]} to {handles[-1]}, {len(measured)} turns after warming up"
+        f"{'flat' if is_flat else 'NOT FLAT'}: {early:.1f} to {late:.1f} MB, first and last "
+        f"{handles}, {len(measured)} turns after warming up"
     )
 
 
