@@ -135,11 +135,8 @@ class BufferedBatches:
         """See `TrainingBatches`."""
         _check_kind(facts, "buffered")
         kept = from_json(_BufferedPosition, dict(facts), _PLACE)
-        if (
-            kept.epoch < 0
-            or len({len(values) if values.ndim else 0 for values in rows.values()}) > 1
-        ):
-            raise ValueError(f"{_PLACE} is damaged: its epoch or its rows cannot be.")
+        if kept.epoch < 0:
+            raise ValueError(f"{_PLACE} is damaged: it is in epoch {kept.epoch}.")
         self._n_left = kept.n_left
         self._begin_epoch(kept.epoch, kept.progress)
         self._n_given = kept.n_given
