@@ -13,7 +13,7 @@ CONFIGS = {
     "jumprelu": sf.JumpReLUConfig,
     "matching_pursuit": sf.MatchingPursuitConfig,
 }
-"""Every kind here."""
+"""The kinds of one hook; `crosscoder.py` has those of several."""
 PENALTY = {"standard": 1.5, "gated": 2.5, "jumprelu": 3.0}
 """Coefficients that SAELens is given, of the kinds whose sparsity comes from a penalty. On
 SmolLM2 its L0 came out from 7 (jumprelu) to 32 (standard)."""

@@ -9,7 +9,7 @@ from saefeat.core.progress import progress_bar
 from saefeat.dictionaries.base import Dictionary
 from saefeat.dictionaries.crosscoder import AcrossHooks
 from saefeat.dictionaries.loading import holds_dictionary
-from saefeat.training.bank import Bank, dictionary_folder
+from saefeat.training.bank import Bank, dictionary_folder, folder_name
 
 
 def export(
@@ -62,6 +62,6 @@ def _exportable(bank: Bank, *, is_one: bool) -> Iterator[tuple[Path, Dictionary]
         if isinstance(one, AcrossHooks):
             for hook_name in one.hook_widths:
                 layer = one.layer(hook_name)
-                yield dictionary_folder(Path(key[0]), (hook_name, *key[1:])), layer
+                yield dictionary_folder(Path(folder_name(key[0])), (hook_name, *key[1:])), layer
         else:
             yield Path() if is_one else dictionary_folder(Path(), key), one

@@ -100,28 +100,17 @@ class Job:
             ValueError: It is damaged, or no `saefeat train` wrote it.
         """
         from saefeat.core.files import read_json
+        from saefeat.core.records import from_json
 
         written = read_json(config)
         notes = written.get("notes") if isinstance(written, dict) else None
         job = notes.get("job") if isinstance(notes, dict) else None
-        if not isinstance(job, dict):
+        if job is None:
             raise ValueError(
                 f"{config} does not say which text was read, since no `saefeat train` wrote it. "
                 "Describe the run by flags."
             )
-        unknown = set(job) - {field.name for field in fields(cls)}
-        if unknown:
-            raise ValueError(
-                f"{config} has the unknown option {sorted(unknown)[0]!r}: another version of "
-                "saefeat wrote it. Describe the run by flags."
-            )
-        # JSON has neither tuples nor paths.
-        made: dict[str, Any] = {
-            name: tuple(one) if isinstance(one, list) else one for name, one in job.items()
-        }
-        if made.get("text") is not None:
-            made["text"] = Path(made["text"])
-        return cls(**made)
+        return from_json(cls, job, config)
 
     @property
     def _as_json(self) -> dict[str, Any]:

@@ -185,8 +185,8 @@ def test_sae_lens_5_opens_and_topk_hides_in_its_activation(weights, x, tmp_path)
         ({"normalize_activations": "layer_norm"}, "layer_norm.*not folded"),
         ({"surprise": 1}, "unknown key 'surprise'"),
         ({"d_in": 7}, "do not fit d_in=7"),
-        ({"d_in": "six"}, "'d_in'"),
-        ({"metadata": [1]}, "JSON objects"),
+        ({"d_in": "six"}, "d_in.*should be int, found 'six'"),
+        ({"metadata": [1]}, "JSON object"),
     ],
 )
 def test_what_is_not_known_in_a_sae_lens_folder_is_named(changes, message, weights, tmp_path):

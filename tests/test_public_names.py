@@ -6,7 +6,9 @@ import inspect
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +25,46 @@ def test_every_public_name_is_there_and_documented(name: str) -> None:
     assert value is getattr(saefeat, name)
     if name in saefeat._HOMES:
         assert value is getattr(importlib.import_module(saefeat._HOMES[name]), name)
+
+
+def public_callables() -> Iterator[tuple[str, Any, str | None]]:
+    """Every function, class, method and property that a user may call: its name, it, its text."""
+    names = [(name, getattr(saefeat, name)) for name in saefeat._HOMES]
+    for room in saefeat._ROOMS:
+        module = getattr(saefeat, room)
+        names += [(f"{room}.{name}", getattr(module, name)) for name in module.__all__]
+    for name, value in names:
+        yield name, value, inspect.getdoc(value)
+        if inspect.isclass(value):
+            for member in dir(value):
+                # A method that only does what its base promises has the text of its base.
+                text = inspect.getdoc(getattr(value, member))
+                found = inspect.getattr_static(value, member)
+                found = found.__func__ if isinstance(found, classmethod | staticmethod) else found
+                found = found.fget if isinstance(found, property) else found
+                is_own = str(getattr(found, "__module__", "")).startswith("saefeat")
+                if is_own and inspect.isfunction(found) and not member.startswith("_"):
+                    yield f"{name}.{member}", found, text
+
+
+def test_all_that_can_be_called_is_documented_and_annotated() -> None:
+    gaps = []
+    n_checked = 0
+    for name, value, text in public_callables():
+        n_checked += 1
+        if not text:
+            gaps.append(f"{name} has no docstring")
+        if inspect.isfunction(value):
+            signature = inspect.signature(value)
+            missing = [
+                one.name
+                for one in signature.parameters.values()
+                if one.annotation is one.empty and one.name not in ("self", "cls")
+            ]
+            if missing or signature.return_annotation is signature.empty:
+                gaps.append(f"{name} lacks annotations: {missing or 'return'}")
+    assert not gaps
+    assert n_checked > 150
 
 
 def test_names_are_listed_once_and_match_what_type_checkers_see() -> None:

@@ -4,7 +4,7 @@ Shape letters: n rows, d width of a hook.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,9 +13,11 @@ from torch import Tensor
 
 from saefeat.activations.shuffle import ShuffleBuffer
 from saefeat.activations.sources import Batch, LeftOut, Progress, RandomAccessSource, Source
+from saefeat.core.records import from_json
 
 Position = tuple[Mapping[str, Any], Mapping[str, Tensor]]
 """What `TrainingBatches.state` gives."""
+_PLACE = "the position in the stream"
 
 
 @runtime_checkable
@@ -132,12 +134,16 @@ class BufferedBatches:
     def restore(self, facts: Mapping[str, Any], rows: Mapping[str, Tensor]) -> None:
         """See `TrainingBatches`."""
         _check_kind(facts, "buffered")
-        kept = dict(facts["progress"])
-        progress = Progress(**{**kept, "left_out": LeftOut(**kept["left_out"])})
-        self._n_left = facts["n_left"]
-        self._begin_epoch(facts["epoch"], progress)
-        self._n_given = facts["n_given"]
-        self._generator.bit_generator.state = facts["generator"]
+        kept = from_json(_BufferedPosition, dict(facts), _PLACE)
+        if kept.epoch < 0:
+            raise ValueError(f"{_PLACE} is damaged: it is in epoch {kept.epoch}.")
+        self._n_left = kept.n_left
+        self._begin_epoch(kept.epoch, kept.progress)
+        self._n_given = kept.n_given
+        try:
+            self._generator.bit_generator.state = kept.generator
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            raise ValueError(f"{_PLACE} has no state of a generator ({error!r}).") from None
         self._buffer = ShuffleBuffer(self._buffer.capacity)
         if rows:
             self._buffer.add(dict(rows))
@@ -212,7 +218,25 @@ class RandomAccessBatches:
     def restore(self, facts: Mapping[str, Any], rows: Mapping[str, Tensor]) -> None:
         """See `TrainingBatches`."""
         _check_kind(facts, "random access")
-        self._start, self._left_out = facts["start"], LeftOut(**facts["left_out"])
+        kept = from_json(_RandomAccessPosition, dict(facts), _PLACE)
+        self._start, self._left_out = kept.start, kept.left_out
+
+
+@dataclass(kw_only=True, slots=True)
+class _BufferedPosition:
+    kind: str
+    epoch: int
+    n_left: int | None
+    n_given: int
+    generator: dict[str, Any]
+    progress: Progress
+
+
+@dataclass(kw_only=True, slots=True)
+class _RandomAccessPosition:
+    kind: str
+    start: int
+    left_out: LeftOut
 
 
 def _check_kind(facts: Mapping[str, Any], kind: str) -> None:

@@ -161,10 +161,22 @@ class RowStream:
             n_rows: Rows of all batches together.
             position: What `state()` of an earlier iteration gave, over an equal stream: goes on
                 from there with the very batches that would have come.
+
+        Raises:
+            ValueError: The position is of another kind of stream, or damaged.
         """
         batches = self._shuffled(n_rows)
         if position is not None:
-            batches.restore(*position)
+            facts, rows = position
+            if rows:
+                (n_held,) = next(iter(rows.values())).shape[:1] or (0,)
+                wanted = {
+                    hook: ((n_held, width), self.dtypes[hook])
+                    for hook, width in self.widths.items()
+                }
+                if {name: (tuple(x.shape), x.dtype) for name, x in rows.items()} != wanted:
+                    raise ValueError("The rows of the position are not those of these hooks.")
+            batches.restore(facts, rows)
             self.left_out = batches.left_out
         return batches
 

@@ -7,8 +7,9 @@ from importlib import metadata
 from typing import Any
 
 from saefeat.activations.sources import POSITIONS, TOKEN_IDS
-from saefeat.core.files import hash_bytes
+from saefeat.core.files import hash_bytes, parse_json
 from saefeat.core.folders import Folder
+from saefeat.core.records import from_json
 
 INDEX_NAME = "index.json"
 FORMAT = "saefeat activation store"
@@ -161,10 +162,7 @@ def read_index(folder: Folder) -> StoreIndex:
             f"{folder} holds no store: it has no {INDEX_NAME}. cache_activations writes one."
         ) from None
     where = f"{folder}/{INDEX_NAME}"
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise ValueError(f"{where} is not valid JSON ({error}); it is damaged.") from None
+    value = parse_json(data, where)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise ValueError(f"{where} is not the index of an activation store.")
     if value.get("format_version") != FORMAT_VERSION:
@@ -173,41 +171,35 @@ def read_index(folder: Folder) -> StoreIndex:
             f"({metadata.version('saefeat')}) reads version {FORMAT_VERSION}. It was written by "
             f"saefeat {value.get('saefeat_version')!r}: use that, or write the store anew."
         )
-    try:
-        return _decode(value)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{where} is damaged: {error!r}.") from None
-
-
-def _decode(value: dict[str, Any]) -> StoreIndex:
     for name in ("format", "format_version", "saefeat_version"):
         value.pop(name, None)
-    shards = [_file(entry, _SHARD_NAME) for entry in value.pop("shards")]
-    contexts = [_file(entry, _CONTEXTS_NAME) for entry in value.pop("held_out_contexts")]
-    runs = [StoredRun(**entry) for entry in value.pop("runs")]
-    index = StoreIndex(**value, runs=runs, shards=shards, held_out_contexts=contexts)
-    _require(bool(index.hooks) and list(index.widths) == index.hooks, "hooks are not the widths'")
-    _require(all(_is_count(width) for width in index.widths.values()), "a width is no number")
-    _require(index.dtype in DTYPES, f"dtype {index.dtype!r} is unknown")
-    _require(_is_count(index.block_rows), "block_rows is no number")
-    _require(len({one.file for one in index.files}) == len(index.files), "a file is named twice")
-    _require(all(one.run < len(runs) for one in index.files), "a run is missing")
+    index = from_json(StoreIndex, value, where)
+    try:
+        _check(index)
+    except ValueError as error:
+        raise ValueError(f"{where} is damaged: {error}.") from None
     return index
 
 
-def _file(entry: dict[str, Any], name: re.Pattern[str]) -> StoredFile:
-    file = StoredFile(**entry)
-    # Also keeps the path within the folder: a name holds no separator.
-    _require(isinstance(file.file, str) and bool(name.fullmatch(file.file)), f"{file.file!r}")
-    _require(_is_count(file.n_rows) and _is_count(file.n_bytes), f"sizes of {file.file}")
-    _require(type(file.run) is int and file.run >= 0, f"run of {file.file}")
-    _require(file.split in (TRAIN, HELD_OUT), f"split of {file.file}")
-    _require(isinstance(file.blake2b, str), f"hash of {file.file}")
-    return file
+def _check(index: StoreIndex) -> None:
+    """What types alone do not say.
 
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
+    Raises:
+        ValueError: Something does not hold; in words that `read_index` completes.
+    """
+    _require(bool(index.hooks) and list(index.widths) == index.hooks, "hooks are not the widths'")
+    _require(len(set(index.hooks)) == len(index.hooks), "a hook is named twice")
+    _require(all(width > 0 for width in index.widths.values()), "a width is not above 0")
+    _require(index.dtype in DTYPES, f"dtype {index.dtype!r} is unknown")
+    _require(index.block_rows > 0, "block_rows is not above 0")
+    _require(len({one.file for one in index.files}) == len(index.files), "a file is named twice")
+    for files, name in ((index.shards, _SHARD_NAME), (index.held_out_contexts, _CONTEXTS_NAME)):
+        for one in files:
+            # Also keeps the path within the folder: a name holds no separator.
+            _require(bool(name.fullmatch(one.file)), f"{one.file!r} is no name of its files")
+            _require(one.n_rows > 0 and one.n_bytes > 0, f"sizes of {one.file} are not above 0")
+            _require(0 <= one.run < len(index.runs), f"the run of {one.file} is missing")
+            _require(one.split in (TRAIN, HELD_OUT), f"{one.split!r} is no split")
 
 
 def _require(holds: bool, message: str) -> None:

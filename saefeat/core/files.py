@@ -16,6 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+LARGEST_JSON = 2**28
+"""Bytes. The index of a thousand terabytes of activations takes less."""
+
 
 def write_json(path: str | Path, value: object) -> None:
     """Write a JSON file, replacing an older one only once the new one is on disk.
@@ -48,11 +51,26 @@ def read_json(path: str | Path) -> Any:
         FileNotFoundError: There is no such file.
         ValueError: It is not valid JSON.
     """
-    data = Path(path).read_bytes()
+    n_bytes = Path(path).stat().st_size
+    if n_bytes > LARGEST_JSON:
+        raise ValueError(f"{path} is no JSON of this library: it has {n_bytes:,} bytes.")
+    return parse_json(Path(path).read_bytes(), path)
+
+
+def parse_json(data: bytes | str, name: object) -> Any:
+    """What JSON says; NaN and infinity are none.
+
+    Raises:
+        ValueError: It is not valid JSON; `name` is what the error calls it.
+    """
     try:
-        return json.loads(data)
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); it is damaged or cut off.") from None
+        return json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not valid JSON ({error}); it is damaged or cut off.") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON's")
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -113,7 +131,7 @@ def read_tensor_places(
             f"{n_bytes}); it is damaged or cut off."
         )
     try:
-        header = json.loads(read(8, 8 + header_bytes))
+        header = parse_json(read(8, 8 + header_bytes), "its header")
         places = {
             tensor: _place(entry, 8 + header_bytes)
             for tensor, entry in header.items()

@@ -8,6 +8,7 @@ import uuid
 from types import TracebackType
 from typing import Any
 
+from saefeat.core.files import parse_json
 from saefeat.core.folders import LocalFolder, RemoteFolder
 
 LOCK_NAME = ".lock"
@@ -80,7 +81,9 @@ class WriterLock:
 
         folder.path.mkdir(parents=True, exist_ok=True)
         while True:
-            file = os.open(folder.path / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+            # A link would have a file elsewhere written over.
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+            file = os.open(folder.path / LOCK_NAME, flags, 0o644)
             try:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -159,7 +162,7 @@ def _parsed(data: bytes) -> dict[str, Any] | None:
     if not data:
         return None
     try:
-        value = json.loads(data)
+        value = parse_json(data, LOCK_NAME)
     except ValueError:
         value = {}
     return value if isinstance(value, dict) else {}

@@ -79,9 +79,10 @@ class AcrossHooks(SparseAutoencoder):
         if self.is_transcoder:
             raise ValueError("A crosscoder reconstructs what it reads: it cannot be a transcoder.")
         widths = self.hook_widths
-        if not isinstance(widths, dict) or sum(widths.values()) != self.d_in:
+        if min(widths.values()) < 1 or sum(widths.values()) != self.d_in:
             raise ValueError(
-                f"The widths of a crosscoder's hooks must sum to d_in={self.d_in}, got {widths}."
+                f"The widths of a crosscoder's hooks must be 1 or more and sum to "
+                f"d_in={self.d_in}, got {widths}."
             )
         self.register_buffer("hook_scales", torch.ones(len(widths)))
 

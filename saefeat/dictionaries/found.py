@@ -1,14 +1,18 @@
 """What a reader of files found in a folder, and the dictionary that it makes of it."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from saefeat.core.records import from_json
 from saefeat.dictionaries.base import Dictionary, Origin
 from saefeat.dictionaries.registry import ARCHITECTURES
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes that weights may have."""
 
 
 @dataclass(kw_only=True)
@@ -33,6 +37,8 @@ class Found:
     """Whether b_dec is of another hook than the input."""
     takes_b_dec_from_input: bool = True
     """False for a dictionary whose encoder reads `x` rather than `x - b_dec`."""
+    ranks_by_decoder_norm: bool = False
+    """Whether a latent ranks by its score times the norm of its row."""
 
 
 def build(found: Found) -> Dictionary:
@@ -55,10 +61,13 @@ def build(found: Found) -> Dictionary:
         raise ValueError(f"W_enc in {found.path} has shape {list(encoder.shape)}, not 2 axes.")
     d_in = encoder.shape[0] if found.d_in is None else found.d_in
     d_sae = decoder.shape[0] if found.d_sae is None else found.d_sae
-    config = _build(kind.config_type, found.config, found.path)
-    origin = _build(Origin, found.origin, found.path)
+    config = from_json(kind.config_type, found.config, found.path)
+    origin = from_json(Origin, found.origin, found.path)
+    if origin.hook_widths is not None and not kind.reads_several_hooks:
+        raise ValueError(f"{found.path} has hook_widths, and a {kind.__name__} reads one hook.")
     # Shapes first: a lying config must not make matrices of its own size.
-    if decoder.shape[0] != d_sae or encoder.shape != (d_in, d_sae):
+    fits = decoder.shape[0] == d_sae and encoder.shape == (d_in, d_sae)
+    if not fits or 0 in (d_in, *decoder.shape):
         raise ValueError(
             f"W_enc {list(encoder.shape)} and W_dec {list(decoder.shape)} in {found.path} do not "
             f"fit d_in={d_in} and d_sae={d_sae}."
@@ -68,6 +77,11 @@ def build(found: Found) -> Dictionary:
     _check_shapes(dictionary, found)
     if not (found.takes_b_dec_from_input or found.is_transcoder):
         _take_b_dec(found.tensors)
+    if found.ranks_by_decoder_norm:
+        _move_decoder_norms(found.tensors)
+    for name, tensor in found.tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} in {found.path} holds NaN or infinity, or what leads to it.")
     dictionary.fill(found.tensors)
     return dictionary.to(decoder.dtype)
 
@@ -81,25 +95,12 @@ def _take_b_dec(tensors: dict[str, Tensor]) -> None:
             tensors[name] = (tensors[name].float() + moved).to(tensors[name].dtype)
 
 
-def _build(owner: type[Any], values: dict[str, Any], path: Path) -> Any:
-    unknown = set(values) - {field.name for field in fields(owner)}
-    if unknown:
-        raise ValueError(
-            f"{path} has the unknown key {sorted(unknown)[0]!r} for {owner.__name__}. "
-            "It was written by another version of saefeat."
-        )
-    # JSON has lists alone; the configs, which are frozen, have tuples.
-    made = {key: tuple(one) if isinstance(one, list) else one for key, one in values.items()}
-    for entry in fields(owner):
-        _check_type(made.get(entry.name), entry.type, entry.name, path)
-    return owner(**made)
-
-
-def _check_type(value: object, annotation: object, name: str, path: Path) -> None:
-    """Refuse a text where a number belongs, and the like, before it fails somewhere deeper."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is not None and annotation in (int, float) and not is_number:
-        raise ValueError(f"{name} in {path} should be a number, found {value!r}.")
+def _move_decoder_norms(tensors: dict[str, Tensor]) -> None:
+    """Rank by score times decoder norm, as rows of length 1 do by themselves."""
+    norms = tensors["W_dec"].norm(dim=1)
+    tensors["W_enc"] = tensors["W_enc"] * norms
+    tensors["b_enc"] = tensors["b_enc"] * norms
+    tensors["W_dec"] = tensors["W_dec"] / torch.where(norms > 0, norms, 1)[:, None]
 
 
 def _check_shapes(dictionary: Dictionary, found: Found) -> None:
@@ -111,10 +112,8 @@ def _check_shapes(dictionary: Dictionary, found: Found) -> None:
         )
     for name, shape in wanted.items():
         tensor = found.tensors[name]
-        if list(tensor.shape) != shape or not tensor.is_floating_point():
+        if list(tensor.shape) != shape or tensor.dtype not in DTYPES:
             raise ValueError(
                 f"{name} in {found.path} has shape {list(tensor.shape)} and dtype {tensor.dtype}; "
-                f"d_in and d_sae call for {shape}, of a floating-point dtype."
+                f"d_in and d_sae call for {shape}, of a floating-point dtype of 16 bits or more."
             )
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} in {found.path} holds NaN or infinity.")

@@ -1,16 +1,18 @@
 """Files of dictionaries as other libraries write them; they are read, never written."""
 
 import math
-import pickle
 import zipfile
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from saefeat.core.files import read_json, read_tensors
+from saefeat.core.memory import available_host_bytes
+from saefeat.core.records import entry, mapping
 from saefeat.dictionaries.found import Found
 
 
@@ -25,7 +27,9 @@ def find_gemma_scope(folder: Path) -> Found:
             _check_sizes(file)
             with np.load(file, allow_pickle=False) as arrays:
                 tensors = {name: torch.from_numpy(arrays[name]) for name in arrays}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    # Whatever else a damaged archive makes zipfile and numpy raise (struct.error, zlib.error,
+    # NotImplementedError, …), to the caller it is one thing.
+    except Exception as error:
         raise ValueError(f"{path} is not a whole npz file ({error}).") from error
     # Files of some sizes name matrices w_enc and w_dec.
     tensors = {name.replace("w_", "W_"): tensor for name, tensor in tensors.items()}
@@ -35,6 +39,9 @@ def find_gemma_scope(folder: Path) -> Found:
 def _check_sizes(file: IO[bytes]) -> None:
     """Refuse arrays whose header asks for more memory than there is data."""
     with zipfile.ZipFile(file) as archive:
+        unpacked, free = sum(one.file_size for one in archive.infolist()), available_host_bytes()
+        if unpacked > free:
+            raise ValueError(f"it unpacks to {unpacked:,} bytes, and {free:,} are free")
         for member in archive.infolist():
             with archive.open(member) as array:
                 version = np.lib.format.read_magic(array)
@@ -75,41 +82,30 @@ def find_dictionary_learning(folder: Path) -> Found:
     tensors and refuses everything else.
     """
     path = folder / "ae.pt"
-    written: Any = read_json(folder / "config.json")
-    trainer = written.get("trainer") if isinstance(written, dict) else None
-    trainer = trainer if isinstance(trainer, dict) else {}
-    name = str(trainer.get("dict_class"))
+    config_path = folder / "config.json"
+    written = mapping(read_json(config_path), config_path)
+    trainer = entry(written, "trainer", dict[str, Any], config_path)
+    name = entry(trainer, "dict_class", str, config_path)
     if name not in _DICTIONARY_LEARNING:
         raise ValueError(
-            f"{folder / 'config.json'} names the class {name!r}; of dictionary_learning's, this "
+            f"{config_path} names the class {name!r}; of dictionary_learning's, this "
             f"library knows {', '.join(_DICTIONARY_LEARNING)}."
         )
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a file of tensors alone ({reason}).") from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path} holds a {type(loaded).__name__}, not weights by name.")
-    tensors: dict[str, Tensor] = {}
+    tensors = _read_pickled_tensors(path)
     config: dict[str, Any] = {}
-    for key, tensor in loaded.items():
-        if key == "k":
-            config["k"] = int(tensor)
-        elif key != "group_sizes":
-            tensors[_LINEAR.get(str(key), str(key))] = (
-                tensor.T if key.endswith(".weight") else tensor
-            )
+    if "k" in tensors:
+        config["k"] = int(_numbers(tensors.pop("k"), "k", path)[0])
+    if "group_sizes" in tensors:
+        sizes = _numbers(tensors.pop("group_sizes"), "group_sizes", path)
+        config["prefix_fractions"] = (sizes.cumsum(0) / sizes.sum()).tolist()
+        config["prefix_weights"] = [1.0] * len(sizes)
+    tensors = _by_sae_lens_names(tensors)
     if name == "AutoEncoderTopK":
         tensors.pop("threshold", None)  # only an option of its encode, off by default
-    if name in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
-        threshold = tensors.get("threshold", torch.tensor(0.0))
+    if name in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE") and "b_enc" in tensors:
+        threshold = _numbers(tensors.get("threshold", torch.tensor(0.0)), "threshold", path)
         # -1 where it was never set; what passes a threshold below 0 stops at its ReLU.
-        tensors["threshold"] = threshold.clamp_min(0).expand(len(tensors["b_enc"]))
-    if "group_sizes" in loaded:
-        sizes = loaded["group_sizes"].double()
-        config["prefix_fractions"] = tuple((sizes.cumsum(0) / sizes.sum()).tolist())
-        config["prefix_weights"] = (1.0,) * len(sizes)
+        tensors["threshold"] = threshold[:1].float().clamp_min(0).expand(tensors["b_enc"].numel())
     return Found(
         path=path,
         architecture=_DICTIONARY_LEARNING[name],
@@ -120,6 +116,49 @@ def find_dictionary_learning(folder: Path) -> Found:
     )
 
 
+def _read_pickled_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of `torch.save`; one that holds anything else is refused."""
+    try:
+        # Mapped, so that the file itself bounds what is read: of a packed or an old archive
+        # torch would make room for whatever it claims to hold.
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # A damaged pickle makes torch raise anything, from IndexError to struct.error.
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a file of tensors alone ({reason}).") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, not weights by name.")
+    for name, one in loaded.items():
+        # A view may repeat one number a billion times, and a tensor without memory claim any shape.
+        is_plain = (
+            isinstance(name, str)
+            and isinstance(one, Tensor)
+            and (one.layout, one.device.type, one.is_complex()) == (torch.strided, "cpu", False)
+            and one.untyped_storage().nbytes() >= one.numel() * one.element_size()
+        )
+        if not is_plain:
+            raise ValueError(f"{path} holds {name!r}, which is no tensor with numbers of its own.")
+    return loaded
+
+
+def _numbers(tensor: Tensor, name: str, path: Path) -> Float[Tensor, " n"]:
+    """One finite number or more."""
+    numbers = tensor.double().flatten()
+    if len(numbers) == 0 or not numbers.isfinite().all():
+        raise ValueError(f"{name} in {path} should be numbers, found {tensor.tolist()!r:.80}.")
+    return numbers
+
+
+def _by_sae_lens_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of `nn.Linear` by the names and in the orientation of SAELens."""
+    return {
+        _LINEAR.get(name, name): one.transpose(0, -1)
+        if name in ("encoder.weight", "decoder.weight")
+        else one
+        for name, one in tensors.items()
+    }
+
+
 def _dictionary_learning_origin(trainer: dict[str, Any]) -> dict[str, Any]:
     names = {"lm_name": "model_name", "submodule_name": "hook_name", "seed": "seed"}
     return {own: trainer[name] for name, own in names.items() if trainer.get(name) is not None}
@@ -127,26 +166,19 @@ def _dictionary_learning_origin(trainer: dict[str, Any]) -> dict[str, Any]:
 
 def find_sparsify(folder: Path) -> Found:
     """A folder of sparsify (`eai-sparsify`): `sae.safetensors` and `cfg.json`, TopK."""
-    path = folder / "sae.safetensors"
-    config = read_json(folder / "cfg.json")
-    if not isinstance(config, dict) or "d_in" not in config or "k" not in config:
-        raise ValueError(f"{folder / 'cfg.json'} lacks d_in or k; sparsify writes both.")
+    path, config_path = folder / "sae.safetensors", folder / "cfg.json"
+    config = mapping(read_json(config_path), config_path)
     for key, plain in (("activation", "topk"), ("signed", False), ("skip_connection", False)):
         if config.get(key, plain) != plain:
             raise ValueError(
-                f"{folder / 'cfg.json'} asks for {key}={config[key]!r}; this library has only "
-                f"{plain!r}."
+                f"{config_path} asks for {key}={config[key]!r}; this library has only {plain!r}."
             )
-    tensors = read_tensors(path)
-    named = {_LINEAR.get(name, name): tensor for name, tensor in tensors.items()}
-    if "encoder.weight" in tensors:
-        named["W_enc"] = tensors["encoder.weight"].T
     return Found(
         path=path,
         architecture="topk",
-        tensors=named,
-        config={"k": config["k"]},
+        tensors=_by_sae_lens_names(read_tensors(path)),
+        config={"k": entry(config, "k", int, config_path)},
         origin={"hook_name": folder.name},
-        d_in=config["d_in"],
-        is_transcoder=bool(config.get("transcode", False)),
+        d_in=entry(config, "d_in", int, config_path),
+        is_transcoder=entry(config, "transcode", bool, config_path, False),
     )

@@ -18,6 +18,7 @@ from saefeat.core.files import (
     write_json,
     write_tensors,
 )
+from saefeat.core.records import entry, mapping
 from saefeat.dictionaries.base import Dictionary
 from saefeat.dictionaries.found import Found
 
@@ -85,23 +86,22 @@ def find(folder: Path) -> Found:
         ValueError: A file is damaged, or asks for what this library cannot do.
     """
     path = folder / "cfg.json"
-    written = _mapping(read_json(path), path)
-    for key in ("d_in", "d_sae"):
-        if not isinstance(written.get(key), int):
-            raise ValueError(f"{path} lacks the key {key!r}, or it is no number.")
+    written = mapping(read_json(path), path)
+    d_in, d_sae = (entry(written, key, int, path) for key in ("d_in", "d_sae"))
     found = Found(
         path=folder,
         architecture="",
         tensors=read_tensors(folder / "sae_weights.safetensors"),
-        d_in=written["d_in"],
-        d_sae=written["d_sae"],
+        d_in=d_in,
+        d_sae=d_sae,
         is_transcoder=written.get("d_out") is not None,
     )
     if (folder / "saefeat.json").is_file():
-        own = _mapping(read_json(folder / "saefeat.json"), folder / "saefeat.json")
-        found.architecture = str(own.get("architecture"))
-        found.config = _mapping(own.get("config"), folder / "saefeat.json")
-        found.origin = _mapping(own.get("origin"), folder / "saefeat.json")
+        path = folder / "saefeat.json"
+        own = mapping(read_json(path), path)
+        found.architecture = entry(own, "architecture", str, path)
+        found.config = entry(own, "config", dict[str, Any], path)
+        found.origin = entry(own, "origin", dict[str, Any], path)
         return found
     return _translated(found, written)
 
@@ -161,9 +161,9 @@ def _translated(found: Found, written: dict[str, Any]) -> Found:
     unknown = set(written) - _KNOWN
     if unknown and not is_old:
         raise ValueError(f"{path} has the unknown key {sorted(unknown)[0]!r}.")
-    metadata = written if is_old else _mapping(written["metadata"], path)
-    architecture = written.get("architecture", "standard")
-    options = written.get("activation_fn_kwargs") or {}
+    metadata = written if is_old else mapping(written["metadata"], f"metadata in {path}")
+    architecture = entry(written, "architecture", str, path, "standard")
+    options = entry(written, "activation_fn_kwargs", dict[str, Any] | None, path, None) or {}
     activation = written.get("activation_fn_str", written.get("activation_fn", "relu"))
     if architecture == "standard" and activation == "topk":
         architecture = "topk"
@@ -182,13 +182,14 @@ def _translated(found: Found, written: dict[str, Any]) -> Found:
         )
     found.architecture = _KINDS[architecture]
     found.is_transcoder = architecture in _TRANSCODERS
-    found.takes_b_dec_from_input = bool(written.get("apply_b_dec_to_input", True))
+    found.takes_b_dec_from_input = entry(written, "apply_b_dec_to_input", bool, path, True)
     if found.is_transcoder and found.takes_b_dec_from_input:
         raise ValueError(f"{path} is a transcoder with apply_b_dec_to_input, which is not known.")
     if architecture == "topk":
         found.config["k"] = written.get("k", options.get("k"))
-        if written.get("rescale_acts_by_decoder_norm"):
-            _move_decoder_norms(found)
+        found.ranks_by_decoder_norm = entry(
+            written, "rescale_acts_by_decoder_norm", bool, path, False
+        )
     if not (found.tensors.pop("scaling_factor", torch.ones(1)) == 1).all():
         raise ValueError(f"{found.path} has a scaling_factor other than 1, from fine-tuning.")
     found.origin = {
@@ -196,19 +197,6 @@ def _translated(found: Found, written: dict[str, Any]) -> Found:
     }
     if metadata.get("hook_point") is not None:
         found.origin["hook_name"] = metadata["hook_point"]
-    found.origin["expansion_factor"] = written["d_sae"] / written["d_in"]
+    if found.d_in and found.d_sae:  # `build` says what is wrong with 0
+        found.origin["expansion_factor"] = found.d_sae / found.d_in
     return found
-
-
-def _move_decoder_norms(found: Found) -> None:
-    """Rank by score times decoder norm, as rows of length 1 do by themselves."""
-    norms = found.tensors["W_dec"].norm(dim=1)
-    found.tensors["W_enc"] = found.tensors["W_enc"] * norms
-    found.tensors["b_enc"] = found.tensors["b_enc"] * norms
-    found.tensors["W_dec"] = found.tensors["W_dec"] / norms[:, None]
-
-
-def _mapping(value: object, path: Path) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} should hold JSON objects, found {type(value).__name__}.")
-    return value

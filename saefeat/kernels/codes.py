@@ -50,6 +50,7 @@ class SparsityPattern:
 
     @property
     def n_rows(self) -> int:
+        """Rows, those without entries included."""
         return len(self.offsets) - 1
 
     @cached_property
@@ -94,18 +95,22 @@ class Codes:
 
     @property
     def offsets(self) -> Int[Tensor, " n_plus_1"]:
+        """Where each row's entries begin, and where the last one's end."""
         return self.pattern.offsets
 
     @property
     def latents(self) -> Int[Tensor, " nnz"]:
+        """The latent of each entry."""
         return self.pattern.latents
 
     @property
     def d_sae(self) -> int:
+        """Latents of the dictionary, those that are off included."""
         return self.pattern.d_sae
 
     @property
     def n_rows(self) -> int:
+        """Rows, those with nothing on included."""
         return self.pattern.n_rows
 
     def to_dense(self) -> Float[Tensor, "n d_sae"]:

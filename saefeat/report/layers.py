@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from saefeat.metrics.sparsity import SparsityCounts, features_per_neuron
-from saefeat.report.record import Layer, Row
+from saefeat.report.record import Estimate, Layer, Row
 from saefeat.superposition.counting.feature_count import FeatureCount
 from saefeat.superposition.estimators import SeedCounts
 from saefeat.training.bank import Bank, Key
@@ -74,7 +74,7 @@ def _from_bank(
     if len(widest) < 2:
         alive = [float(row.n_alive) for row in own]
         estimate = statistics.median(alive)
-        features = {"low": min(alive), "high": max(alive), "method": ALIVE}
+        features = Estimate(estimate=estimate, low=min(alive), high=max(alive), method=ALIVE)
         coverage, identifiable = None, None
         used = keys
     else:
@@ -83,15 +83,16 @@ def _from_bank(
         )
         estimate, coverage, used = float(seeds.n_stable), seeds.coverage, widest
         identifiable = coverage is not None and coverage >= LEAST_COVERAGE
-        features = {
-            "low": estimate,
-            "high": max(estimate, seeds.chao2_high) if identifiable else None,
-            "method": STABLE.format(len(widest), bank[widest[0]].d_sae),
-        }
+        features = Estimate(
+            estimate=estimate,
+            low=estimate,
+            high=max(estimate, seeds.chao2_high) if identifiable else None,
+            method=STABLE.format(len(widest), bank[widest[0]].d_sae),
+        )
     return Layer(
         hook_name=name,
         n_neurons=n_neurons,
-        n_features={"estimate": estimate, **features},
+        n_features=features,
         features_per_neuron=features_per_neuron(estimate, n_neurons),
         coverage=coverage,
         load=statistics.median(loads[key] for key in used),

@@ -17,7 +17,7 @@ from saefeat.metrics.layers import layer_profile
 from saefeat.metrics.loss_recovered import CrossEntropy, ce_loss_recovered
 from saefeat.metrics.sparsity import SparsityCounts, features_per_neuron
 from saefeat.report.layers import layer_summaries
-from saefeat.report.record import QUANTILES, Report, Row, layer_number
+from saefeat.report.record import QUANTILES, LossTokens, Report, Row, layer_number
 from saefeat.superposition.counting.feature_count import FeatureCount
 from saefeat.training.bank import Bank, Key
 
@@ -152,7 +152,7 @@ def _losses(
     ablation: str,
     means: Mapping[str, Tensor],
     progress: bool,
-) -> tuple[dict[Key, dict[str, float]], dict[str, Any]]:
+) -> tuple[dict[Key, dict[str, float]], LossTokens]:
     clean = evaluation.clean()
     losses: dict[Key, dict[str, float]] = {}
     ablated: dict[str, float] = {}
@@ -173,8 +173,11 @@ def _losses(
         }
         bar.update()
     bar.close()
-    facts = {"clean": clean, "ablation": ablation, "n_tokens": evaluation.tokens.ids.numel()}
-    return losses, facts
+    return losses, {
+        "clean": clean,
+        "ablation": ablation,
+        "n_tokens": evaluation.tokens.ids.numel(),
+    }
 
 
 def _row(

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
+from saefeat.activations.sources import LeftOut
 from saefeat.core.files import (
     claim_folder,
     read_json,
@@ -17,6 +18,8 @@ from saefeat.core.files import (
     write_tensors,
 )
 from saefeat.core.html import table
+from saefeat.core.records import from_json
+from saefeat.metrics.layers import LayerProfile
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -84,6 +87,11 @@ class Row:
     """How a crosscoder's latents that fired lie over its hooks; see `metrics.layers`."""
 
     @property
+    def label(self) -> str:
+        """What tells it from the other dictionaries of a report."""
+        return f"{self.hook_name}/x{self.expansion_factor:g}-seed{self.seed}"
+
+    @property
     def cells(self) -> list[str]:
         """What a table says of it, in the order of `COLUMNS`."""
         recovered = self.ce_loss_recovered
@@ -102,14 +110,35 @@ class Row:
         ]
 
 
+class Estimate(TypedDict):
+    """A number of features."""
+
+    estimate: float
+    low: float
+    high: float | None
+    """None where there is no upper limit."""
+    method: str
+    """By which it was found."""
+
+
+class LossTokens(TypedDict):
+    """What losses were measured on."""
+
+    clean: float
+    """Loss of the model as it is, in nats per token."""
+    ablation: str
+    """What losses are recovered from."""
+    n_tokens: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layer:
     """One hook, over the widths and seeds of its dictionaries."""
 
     hook_name: str
     n_neurons: int
-    n_features: dict[str, Any]
-    """`estimate`, `low`, `high` (None where there is no upper limit) and the `method`."""
+    n_features: Estimate
+    """And within which limits."""
     features_per_neuron: float
     coverage: float | None
     """Share of the features that were found; None where the method cannot tell."""
@@ -143,10 +172,10 @@ class Report:
     layers: list[Layer]
     left_out: dict[str, Any] = field(default_factory=dict)
     """Positions that were read and gave no row, by reason."""
-    cross_entropy: dict[str, Any] | None = None
-    """`clean` loss in nats per token, the `ablation`, and the `n_tokens` it was measured on."""
+    cross_entropy: LossTokens | None = None
+    """None where no model was given."""
     densities: dict[str, Tensor] = field(default_factory=dict)
-    """Density of every latent [d_sae], by `<hook_name>/x<expansion_factor>-seed<seed>`."""
+    """Density of every latent [d_sae], by `Row.label`."""
 
     def __str__(self) -> str:
         header = table_line(list(COLUMNS), COLUMNS)
@@ -247,16 +276,21 @@ class Report:
             folder = folder / "report"
         if not (folder / "report.json").is_file():
             raise FileNotFoundError(f"{folder} holds no report: report.json is missing.")
-        facts = read_json(folder / "report.json")
-        try:
-            rows = [Row(**row) for row in facts.pop("rows")]
-            layers = [Layer(**layer) for layer in facts.pop("layers")]
-            densities = read_tensors(folder / "features.safetensors")
-            return cls(rows=rows, layers=layers, densities=densities, **facts)
-        except (KeyError, TypeError, AttributeError) as error:
+        path = folder / "report.json"
+        report = from_json(cls, read_json(path), path)
+        from_json(LeftOut, report.left_out, f"left_out in {path}")
+        for row in report.rows:
+            if row.layer_profile is not None:
+                from_json(LayerProfile, row.layer_profile, f"layer_profile in {path}")
+        densities = read_tensors(folder / "features.safetensors")
+        shapes = {label: list(density.shape) for label, density in densities.items()}
+        is_share = all(((one >= 0) & (one <= 1)).all() for one in densities.values())
+        if not is_share or shapes != {row.label: [row.d_sae] for row in report.rows}:
             raise ValueError(
-                f"{folder / 'report.json'} is not a report of this version ({error})."
-            ) from error
+                f"{folder / 'features.safetensors'} does not hold a density of every latent in "
+                "report.json: one of the two is damaged, or of another report."
+            )
+        return replace(report, densities=densities)
 
 
 def table_line(cells: Sequence[str], columns: Mapping[str, int]) -> str:

@@ -86,6 +86,26 @@ def _key(dictionary: Dictionary) -> Key:
 
 
 def dictionary_folder(saes: Path, key: Key) -> Path:
-    """Where the `saes` folder of a run holds a dictionary."""
+    """Where the `saes` folder of a run holds a dictionary.
+
+    Raises:
+        ValueError: See `folder_name`.
+    """
     hook_name, expansion_factor, seed = key
-    return saes / hook_name / f"x{expansion_factor:g}-seed{seed}"
+    return saes / folder_name(hook_name) / f"x{expansion_factor:g}-seed{seed}"
+
+
+def folder_name(hook_name: str) -> str:
+    """The name of a hook, or of a set of hooks, as that of a folder, which it is as it stands.
+
+    Raises:
+        ValueError: It would lead elsewhere, as names in files from others may.
+    """
+    is_plain = hook_name.isprintable() and not set(hook_name) & {*"/\\"}
+    # File systems take 255 bytes, and a temporary name is longer by 34.
+    if not is_plain or hook_name in ("", ".", "..") or len(hook_name.encode()) > 200:
+        raise ValueError(
+            f"The hook name {hook_name[:80]!r} cannot name a folder. Set another by "
+            "with_origin(hook_name=...)."
+        )
+    return hook_name

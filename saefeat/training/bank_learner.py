@@ -13,7 +13,7 @@ from saefeat.dictionaries.base import Dictionary
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
 from saefeat.kernels.dispatch import Kernels
 from saefeat.training.bank import Bank, Key
-from saefeat.training.learner import STEPS_BETWEEN_LOOKS, Learner
+from saefeat.training.learner import STEPS_BETWEEN_LOOKS, Learner, saved
 from saefeat.training.normalisation import ActivationScale, geometric_median
 from saefeat.training.shared_scores import Scratch, groups, shared_scores
 
@@ -162,26 +162,23 @@ class BankLearner:
         """Go on from what `state` gave.
 
         Raises:
-            ValueError: A tensor is missing, or of another shape.
+            ValueError: A tensor is missing, or of another shape or dtype.
         """
-        try:
-            self.step_number = int(state["step_number"])
-            self.n_tokens_seen = int(state["n_tokens_seen"])
-            for hook_name, scale in self.scales.items():
-                scale.norm_sum.copy_(state[f"scale.{hook_name}"])
-                scale.n_rows = self.n_tokens_seen
-            for number, (key, learner) in enumerate(self._all().items()):
-                prefix = f"{number}."
-                self.loss_sums[key] = state[f"{prefix}loss_sum"].to(self.device)
-                learner.restore(
-                    {
-                        name.removeprefix(prefix): tensor
-                        for name, tensor in state.items()
-                        if name.startswith(prefix)
-                    }
-                )
-        except KeyError as error:
-            raise ValueError(f"it lacks the tensor {error}") from error
+        self.step_number, self.n_tokens_seen = (
+            int(saved(state, name, torch.tensor(0))) for name in ("step_number", "n_tokens_seen")
+        )
+        for hook_name, scale in self.scales.items():
+            scale.norm_sum.copy_(saved(state, f"scale.{hook_name}", scale.norm_sum))
+            scale.n_rows = self.n_tokens_seen
+        for number, (key, learner) in enumerate(self._all().items()):
+            prefix = f"{number}."
+            own = {
+                name.removeprefix(prefix): tensor
+                for name, tensor in state.items()
+                if name.startswith(prefix)
+            }
+            self.loss_sums[key] = saved(own, "loss_sum", torch.tensor(0.0)).to(self.device)
+            learner.restore(own)
 
     def _all(self) -> dict[Key, Learner]:
         return {key: one for learners in self.learners.values() for key, one in learners.items()}

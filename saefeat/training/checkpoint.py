@@ -12,7 +12,7 @@ A checkpoint is a folder `checkpoints/step-<number>/` of its run:
 import logging
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from saefeat.core.files import (
     write_json,
     write_tensors,
 )
+from saefeat.core.records import entry, mapping
 from saefeat.dictionaries.base import Dictionary
 from saefeat.training.bank import Key, dictionary_folder
 
@@ -117,24 +118,18 @@ def _all(folder: Path) -> list[Path]:
 
 
 def _load(path: Path) -> Checkpoint:
-    facts = read_json(path / "checkpoint.json")
-    if not isinstance(facts, dict) or facts.get("format_version") != FORMAT_VERSION:
+    facts = mapping(read_json(path / "checkpoint.json"), "checkpoint.json")
+    if facts.get("format_version") != FORMAT_VERSION:
         raise ValueError("checkpoint.json is of another version")
-    try:
-        _check_hashes(path, facts["blake2b"])
-        return Checkpoint(
-            step=facts["step"],
-            stream=facts["stream"],
-            training=read_tensors(path / "training.safetensors"),
-            stream_rows=read_tensors(path / "stream.safetensors"),
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"checkpoint.json is not whole ({error})") from error
-
-
-def _check_hashes(path: Path, hashes: Mapping[str, str]) -> None:
-    for name, expected in hashes.items():
+    hashes = entry(facts, "blake2b", dict[str, str], "checkpoint.json")
+    for name in {*hashes, "training.safetensors", "stream.safetensors"}:
         if not (path / name).is_file():
             raise ValueError(f"{name} is missing")
-        if hash_file(path / name) != expected:
+        if hash_file(path / name) != hashes.get(name):
             raise ValueError(f"{name} is not as it was written")
+    return Checkpoint(
+        step=entry(facts, "step", int, "checkpoint.json"),
+        stream=entry(facts, "stream", dict[str, Any], "checkpoint.json"),
+        training=read_tensors(path / "training.safetensors"),
+        stream_rows=read_tensors(path / "stream.safetensors"),
+    )

@@ -131,23 +131,26 @@ class Learner:
         """Go on from what `state` gave.
 
         Raises:
-            ValueError: A tensor is missing, or of another shape.
+            ValueError: A tensor is missing, or of another shape or dtype.
         """
-        try:
-            for name, own in self.dictionary.state_dict().items():
-                _copy_whole(own, state[f"dictionary.{name}"])
-            for name, parameter in self.dictionary.named_parameters():
-                moments = {"step": torch.zeros((), device=parameter.device)}
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    moments[moment] = torch.zeros_like(parameter)
-                for moment, value in moments.items():
-                    _copy_whole(value, state[f"adam.{moment}.{name}"])
-                self.optimizer.state[parameter] = moments
-            _copy_whole(self.dead.tokens_since_fired, state["tokens_since_fired"])
-            self.dead_latents = state["dead_latents"].to(self.dead_latents.device)
-            self.generator.set_state(state["generator"])
-        except KeyError as error:
-            raise ValueError(f"it lacks the tensor {error}") from error
+        for name, own in self.dictionary.state_dict().items():
+            own.copy_(saved(state, f"dictionary.{name}", own))
+        for name, parameter in self.dictionary.named_parameters():
+            moments = {"step": torch.zeros((), device=parameter.device)}
+            for moment in ("exp_avg", "exp_avg_sq"):
+                moments[moment] = torch.zeros_like(parameter)
+            for moment, value in moments.items():
+                value.copy_(saved(state, f"adam.{moment}.{name}", value))
+            self.optimizer.state[parameter] = moments
+        since_fired = self.dead.tokens_since_fired
+        since_fired.copy_(saved(state, "tokens_since_fired", since_fired))
+        self.generator.set_state(saved(state, "generator", self.generator.get_state()))
+        # Those of the last look, which is not the last step on a GPU.
+        dead = state.get("dead_latents", torch.empty(0, 0))
+        known = torch.arange(self.dictionary.d_sae)
+        if dead.ndim != 1 or dead.dtype != known.dtype or not torch.isin(dead.cpu(), known).all():
+            raise ValueError("its dead_latents are no latents")
+        self.dead_latents = dead.to(self.dead_latents.device)
 
     def _restart_is_due(self, step: int, n_rows: int) -> bool:
         """Once every patience, while enough of the run is left to learn in."""
@@ -176,7 +179,18 @@ class Learner:
         self.dead.tokens_since_fired[dead] = 0
 
 
-def _copy_whole(own: Tensor, saved: Tensor) -> None:
-    if own.shape != saved.shape:
-        raise ValueError(f"it has {list(saved.shape)} where {list(own.shape)} was expected")
-    own.copy_(saved)
+def saved(state: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+    """A tensor of a checkpoint.
+
+    Raises:
+        ValueError: It is missing, or of another shape or dtype than `like`.
+    """
+    found = state.get(name)
+    if found is None:
+        raise ValueError(f"it lacks the tensor {name!r}")
+    if found.shape != like.shape or found.dtype != like.dtype:
+        raise ValueError(
+            f"it has {list(found.shape)} of {found.dtype} as {name!r}, where {list(like.shape)} of "
+            f"{like.dtype} was expected"
+        )
+    return found

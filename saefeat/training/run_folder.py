@@ -11,6 +11,7 @@ from typing import Any
 
 from saefeat.core.files import (
     check_unclaimed,
+    parse_json,
     publish_folder,
     read_json,
     temporary_folder,
@@ -19,6 +20,7 @@ from saefeat.core.files import (
 )
 from saefeat.core.folders import LocalFolder
 from saefeat.core.locks import WriterLock
+from saefeat.core.records import entry, mapping
 from saefeat.training.bank import Bank
 from saefeat.training.checkpoint import Checkpoint, load_newest
 
@@ -120,17 +122,20 @@ class RunFolder:
 
     def _cut_metrics(self, last_step: int) -> None:
         """Drop what was measured after a step, and a line that was not written to its end."""
-        if not self.metrics.is_file():
+        if not self.metrics.exists():
+            # A link to nowhere, which whoever appends to it would follow.
+            self.metrics.unlink(missing_ok=True)
             return
         kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+        for line in self.metrics.read_bytes().splitlines(keepends=True):
             try:
-                is_kept = line.endswith("\n") and json.loads(line)["step"] <= last_step
-            except (ValueError, KeyError, TypeError):
+                record = mapping(parse_json(line, "a record"), "a record")
+                is_kept = line.endswith(b"\n") and entry(record, "step", int, "it") <= last_step
+            except ValueError:
                 is_kept = False
             if is_kept:
                 kept.append(line)
-        write_bytes(self.metrics, "".join(kept).encode())
+        write_bytes(self.metrics, b"".join(kept))
 
 
 def _check_new(path: Path) -> None:
