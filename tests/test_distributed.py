@@ -214,6 +214,21 @@ def test_divided_latents_train_as_whole_dictionaries_do(architecture, size, tmp_
         assert_close(states, expected)
 
 
+def test_more_latents_than_one_process_has_are_kept_at_the_start(tmp_path):
+    stream = make_stream("tensors", 0)
+    options = {"expansion_factors": [1], "n_tokens": 500, "progress": False, "kernels": "stock"}
+    for kind in (sf.TopKConfig, sf.BatchTopKConfig):
+        config = kind(k=4, k_start_factor=3, k_anneal_fraction=0.5)  # 12 of 16, and 8 here
+        expected = state_of(sf.train(stream, config, **options))
+        for states in results(
+            tmp_path,
+            lambda config=config: state_of(
+                sf.train(stream, config, **options, parallel="features")
+            ),
+        ):
+            assert_close(states, expected)
+
+
 @pytest.mark.parametrize("case", ["distinct", "many equal", "one process has all"])
 def test_the_largest_latents_of_a_row_are_found_and_never_more(case, tmp_path):
     n, d_sae, k = 29, 24, 5
@@ -240,7 +255,7 @@ def test_latents_that_cannot_be_divided_are_refused(tmp_path):
     stream = make_stream("tensors", 0)
     for config, message in (
         (sf.StandardConfig(), "divides the latents of TopK and BatchTopK dictionaries"),
-        (sf.TopKConfig(k=13), "do not make 3 equal parts of at least k=13"),
+        (sf.TopKConfig(k=17), "do not make 3 equal parts of at least k=17"),
     ):
 
         def begin(config=config):

@@ -58,7 +58,8 @@ class BatchTopK(SparseAutoencoder):
 
     def select(self, scores: Float[Tensor, "n d_sae"], context: StepContext) -> SparsityPattern:
         """The k * n largest scores above 0."""
-        k = annealed_k(self.config, self.d_sae, context.progress)
+        d_sae = self.d_sae * context.feature_ranks.size
+        k = annealed_k(self.config, d_sae, context.progress)
         n_kept = k * context.n_whole(len(scores))
         pattern, least = batch_top_k(context.kernels, scores, n_kept, context.scored_by)
         decay = self.config.threshold_decay

@@ -72,7 +72,8 @@ class TopK(SparseAutoencoder):
 
     def select(self, scores: Float[Tensor, "n d_sae"], context: StepContext) -> SparsityPattern:
         """The k largest of each row."""
-        k = annealed_k(self.config, self.d_sae, context.progress)
+        d_sae = self.d_sae * context.feature_ranks.size
+        k = annealed_k(self.config, d_sae, context.progress)
         return top_k(context.kernels, scores, k, context.feature_ranks)
 
     @property
