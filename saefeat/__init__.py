@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from saefeat.activations.synthetic import SyntheticActivations as SyntheticActivations
     from saefeat.activations.tokens import Tokens as Tokens
     from saefeat.activations.tokens import load_tokens as load_tokens
+    from saefeat.core.distributed import process_group as process_group
     from saefeat.dictionaries.base import Dictionary as Dictionary
     from saefeat.dictionaries.batch_topk import BatchTopKConfig as BatchTopKConfig
     from saefeat.dictionaries.crosscoder import CrosscoderConfig as CrosscoderConfig
@@ -90,6 +91,7 @@ _HOMES = {
     "load_tokens": "saefeat.activations.tokens",
     "measure": "saefeat.report.measure",
     "plan": "saefeat.training.plan",
+    "process_group": "saefeat.core.distributed",
     "read_activations": "saefeat.activations.hooks",
     "sae_counts": "saefeat.superposition.sae_counts",
     "train": "saefeat.training.trainer",

@@ -3,10 +3,11 @@
 import argparse
 import inspect
 import io
+import os
 import re
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -135,7 +136,8 @@ def train(
 ) -> None:
     """Train dictionaries of every hook, width and seed in one pass over the text.
 
-    A run that does not fit in memory or on the disk is refused before it starts.
+    A run that does not fit in memory or on the disk is refused before it starts. Several processes
+    share the work: torchrun --nproc-per-node 8 -m saefeat train --parallel bank
 
     Example: saefeat train --hooks blocks.15.hook_resid_post --expansion-factors 4 8 --out runs/x
 
@@ -148,14 +150,17 @@ def train(
     """
     from json import dumps
 
+    from saefeat.core.distributed import current
     from saefeat.core.files import check_unclaimed
     from saefeat.training.bank import dictionary_folder
 
+    ranks = current()
     if not resume:
-        check_unclaimed(out)
+        ranks.on_first(lambda: check_unclaimed(out))
     job.config()
     stream = job.stream()
-    cost = None if resume else job.plan(stream, out)
+    # A plan is that of one process.
+    cost = None if resume or ranks.size > 1 else job.plan(stream, out)
     if cost is not None and not json:
         print(cost.summary, flush=True)
     bank = job.train(stream, out, resume=resume)
@@ -319,12 +324,18 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
+SHARED_COMMANDS = ("train", "measure")
+"""Commands that several processes run together."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command `saefeat`. Exits with 2 and one line on a bad option or input."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
     try:
-        _parse([argument for argument in arguments if argument != "--debug"])()
+        command = _parse([argument for argument in arguments if argument != "--debug"])
+        with _in_step(arguments[0]):
+            command()
     except KeyboardInterrupt as stop:
         # 130 is what shells say of a program that SIGINT ended.
         _exit_with(str(stop) or "interrupted", 130)
@@ -333,6 +344,24 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         # str of a KeyError puts its message in quotation marks.
         _exit_with(str(error.args[0] if isinstance(error, KeyError) else error))
+
+
+@contextmanager
+def _in_step(name: str) -> Iterator[None]:
+    """With the processes that torchrun started, if it did; the first of them prints."""
+    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if n_processes == 1:
+        yield
+        return
+    if name not in SHARED_COMMANDS:
+        raise ValueError(
+            f"saefeat {name} runs in one process, and torchrun started {n_processes}. Run it "
+            f"without torchrun; {' and '.join(SHARED_COMMANDS)} share their work."
+        )
+    from saefeat.core.distributed import process_group
+
+    with process_group() as ranks, redirect_stdout(sys.stdout if ranks.is_first else io.StringIO()):
+        yield
 
 
 def _parse(arguments: list[str]) -> Callable[[], None]:

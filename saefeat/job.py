@@ -68,6 +68,8 @@ class Job:
     """Steps between checkpoints, from which --resume goes on."""
     device: str = "auto"
     """"auto" is CUDA where there is one, else "cpu"."""
+    parallel: Literal["data", "bank", "features"] = "data"
+    """What the processes of torchrun divide: rows of a batch, dictionaries, or their latents."""
 
     def config(self) -> DictionaryConfig:
         """The recipe of the dictionaries.
@@ -190,6 +192,7 @@ class Job:
             out=out,
             resume=resume,
             progress=progress,
+            parallel=self.parallel,
             notes={"job": self._as_json},
             **self._options,
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from saefeat.activations.stream import ActivationStream
+from saefeat.core.distributed import current
 from saefeat.core.files import check_unclaimed
 from saefeat.job import Job
 from saefeat.report.measure import measure
@@ -83,7 +84,8 @@ def measure_run(
         counts=counted,
         progress=progress,
     )
-    return report, report.save(out)
+    current().on_first(lambda: report.save(out))
+    return report, out
 
 
 def _job(run: Path, bank: Bank, model: str | None, text: Path | None, device: str) -> Job:

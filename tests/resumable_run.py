@@ -6,6 +6,7 @@ its dictionaries are on disk.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,19 +50,25 @@ def make_stream(kind: str, seed: int, folder: Path | None = None) -> sf.Activati
 
 
 def run(
-    out: Path | None, stream: sf.ActivationStream, architecture: str, resume: bool = True
+    out: Path | None,
+    stream: sf.ActivationStream,
+    architecture: str,
+    resume: bool = True,
+    n_steps: int = N_STEPS,
+    **options: Any,
 ) -> sf.Bank:
     return sf.train(
         stream,
         CONFIGS[architecture],
         expansion_factors=[2],
         seeds=[0, 1],
-        n_tokens=BATCH_SIZE * N_STEPS - 30,
+        n_tokens=BATCH_SIZE * n_steps - 30,
         out=out,
         checkpoint_every=EVERY,
         resume=resume and out is not None,
         log_every=1,
         progress=False,
+        **options,
     )
 
 

@@ -42,11 +42,11 @@ def crash_at(monkeypatch):
     def arm(number):
         plain = BankLearner.step
 
-        def step(self, batch):
+        def step(self, *batch):
             if self.step_number == number:
                 monkeypatch.setattr(BankLearner, "step", plain)
                 raise CrashError
-            return plain(self, batch)
+            return plain(self, *batch)
 
         monkeypatch.setattr(BankLearner, "step", step)
 
@@ -274,10 +274,10 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(number, monkeypatc
     stream = make_stream("tensors", 0)
     plain = BankLearner.step
 
-    def step(self, batch):
+    def step(self, *batch):
         if self.step_number == 4:  # the fifth step; the sixth one's batch is being read
             os.kill(os.getpid(), number)
-        return plain(self, batch)
+        return plain(self, *batch)
 
     monkeypatch.setattr(BankLearner, "step", step)
     before = signal.getsignal(number)
@@ -295,12 +295,12 @@ def test_a_second_run_in_the_same_folder_is_refused_while_one_goes_on(monkeypatc
     plain = BankLearner.step
     refused = []
 
-    def step(self, batch):
+    def step(self, *batch):
         if self.step_number == 2 and not refused:
             with pytest.raises(BlockingIOError, match="one writer at a time") as error:
                 run(tmp_path / "run", make_stream("tensors", 0), "topk")
             refused.append(error)
-        return plain(self, batch)
+        return plain(self, *batch)
 
     monkeypatch.setattr(BankLearner, "step", step)
     run(tmp_path / "run", stream, "topk")

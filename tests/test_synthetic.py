@@ -375,10 +375,10 @@ def test_training_is_gone_on_with_to_the_last_bit(tmp_path: Any, monkeypatch: An
     expected = run(tmp_path / "whole")
     plain = BankLearner.step
 
-    def step(self: Any, batch: Any) -> Any:
+    def step(self: Any, *batch: Any) -> Any:
         if self.step_number == 14:
             raise KeyError("crash")
-        return plain(self, batch)
+        return plain(self, *batch)
 
     monkeypatch.setattr(BankLearner, "step", step)
     with pytest.raises(KeyError):

@@ -3,7 +3,7 @@
 Shape letters: n rows, d width of a hook.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saefeat.activations.shuffle import ShuffleBuffer
 from saefeat.activations.sources import Batch, LeftOut, Progress, RandomAccessSource, Source
+from saefeat.core.distributed import ALONE, Ranks
 from saefeat.core.records import from_json
 
 Position = tuple[Mapping[str, Any], Mapping[str, Tensor]]
@@ -60,6 +61,8 @@ class BufferedBatches:
         n_rows: Rows to give, over as many epochs as that takes, a batch at the end of an epoch
             being filled up from the next; None for one epoch, whose last batch may be smaller.
         with_tokens: Whether batches also hold token ids and positions.
+        ranks: The processes that each batch is divided among, each of which gets its part.
+        hooks: Hooks that batches hold; None for all of the source.
     """
 
     def __init__(
@@ -71,7 +74,11 @@ class BufferedBatches:
         buffer_rows: int,
         n_rows: int | None,
         with_tokens: bool = False,
+        ranks: Ranks = ALONE,
+        hooks: Collection[str] | None = None,
     ) -> None:
+        self._ranks = ranks
+        self._hooks = hooks
         self._source = source
         self._seed = seed
         self._batch_size = batch_size
@@ -114,8 +121,10 @@ class BufferedBatches:
                 begun = batch
                 continue
             batch = {name: x[: self._n_left] for name, x in batch.items()}
-            self._n_left -= _n_rows(batch)
-            return batch
+            n = _n_rows(batch)
+            self._n_left -= n
+            part = self._ranks.sharing(n).part(n)
+            return {name: x[part] for name, x in batch.items()}
         raise StopIteration
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -146,7 +155,7 @@ class BufferedBatches:
             raise ValueError(f"{_PLACE} has no state of a generator ({error!r}).") from None
         self._buffer = ShuffleBuffer(self._buffer.capacity)
         if rows:
-            self._buffer.add(dict(rows))
+            self._buffer.add(self._held(rows))
 
     def _begin_epoch(self, epoch: int, progress: Progress) -> None:
         self.epoch = epoch
@@ -161,11 +170,19 @@ class BufferedBatches:
             chunk = next(self._chunks, None)
             if chunk is None:
                 return
-            self._buffer.add(chunk)
+            self._buffer.add(self._held(chunk))
+
+    def _held(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of rows at all hooks, those that are held here."""
+        kept = rows if self._hooks is None else self._hooks
+        return {name: x for name, x in rows.items() if name in kept}
 
 
 class RandomAccessBatches:
-    """Batches of a source that gives any rows of its order: how many were given is the state."""
+    """Batches of a source that gives any rows of its order: how many were given is the state.
+
+    See `BufferedBatches`; of several processes each reads no more than its part.
+    """
 
     def __init__(
         self,
@@ -175,7 +192,9 @@ class RandomAccessBatches:
         batch_size: int,
         n_rows: int,
         with_tokens: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._source = source
         self._seed = seed
         self._batch_size = batch_size
@@ -195,17 +214,24 @@ class RandomAccessBatches:
 
     def __next__(self) -> Batch:
         stop = min(self._start + self._batch_size, self._n_rows)
+        n = stop - self._start
+        if n <= 0:
+            raise StopIteration
+        own = self._ranks.sharing(n).part(n)
+        row, last_row = self._start + own.start, self._start + own.stop
+        self._start = stop
         parts = []
-        while self._start < stop:
-            self.epoch, first = divmod(self._start, self._source.n_rows)
-            last = min(first + stop - self._start, self._source.n_rows)
+        self.epoch = (stop - 1) // self._source.n_rows
+        while row < last_row:
+            epoch, first = divmod(row, self._source.n_rows)
+            last = min(first + last_row - row, self._source.n_rows)
             part = self._source.shuffled_rows(
-                self._seed, self.epoch, first, last, self.left_out, self._with_tokens
+                self._seed, epoch, first, last, self.left_out, self._with_tokens
             )
             parts.append(part)
-            self._start += last - first
-        if not parts:
-            raise StopIteration
+            row += last - first
+        # What the others read counts too.
+        self.left_out.positions_read += n - (own.stop - own.start)
         if len(parts) == 1:
             return parts[0]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -21,10 +21,13 @@ from saefeat.activations.sources import (
     Progress,
     RandomAccessSource,
     Source,
+    Wanted,
     fingerprint,
+    shared,
 )
 from saefeat.activations.stream_checks import check_numbers, rows_to_mix
 from saefeat.activations.tokens import Tokens
+from saefeat.core.distributed import ALONE, Ranks
 
 
 class RowStream:
@@ -151,7 +154,14 @@ class RowStream:
             return self._in_order(self._source, self._source.n_rows, with_tokens)
         return self._shuffled(None, with_tokens)
 
-    def batches(self, n_rows: int, position: Position | None = None) -> TrainingBatches:
+    def batches(
+        self,
+        n_rows: int,
+        position: Position | None = None,
+        *,
+        ranks: Ranks = ALONE,
+        wanted: Wanted = None,
+    ) -> TrainingBatches:
         """Training batches until `n_rows` rows are given, over as many epochs as that takes.
 
         Each batch has `batch_size` rows, the last what is left. A batch at the end of an
@@ -161,27 +171,38 @@ class RowStream:
             n_rows: Rows of all batches together.
             position: What `state()` of an earlier iteration gave, over an equal stream: goes on
                 from there with the very batches that would have come.
+            ranks: Processes that iterate over equal streams in step. A language model reads a
+                share of the contexts in each, and what it reads goes to all.
+            wanted: Hooks of which each process gets whole batches; None gives each its part of
+                every batch, at all hooks.
 
         Raises:
             ValueError: The position is of another kind of stream, or damaged.
         """
-        batches = self._shuffled(n_rows)
+        batches = self._shuffled(n_rows, ranks=ranks, wanted=wanted)
         if position is not None:
             facts, rows = position
             if rows:
                 (n_held,) = next(iter(rows.values())).shape[:1] or (0,)
-                wanted = {
+                expected = {
                     hook: ((n_held, width), self.dtypes[hook])
                     for hook, width in self.widths.items()
                 }
-                if {name: (tuple(x.shape), x.dtype) for name, x in rows.items()} != wanted:
+                if {name: (tuple(x.shape), x.dtype) for name, x in rows.items()} != expected:
                     raise ValueError("The rows of the position are not those of these hooks.")
             batches.restore(facts, rows)
             self.left_out = batches.left_out
         return batches
 
-    def _shuffled(self, n_rows: int | None, with_tokens: bool = False) -> TrainingBatches:
+    def _shuffled(
+        self,
+        n_rows: int | None,
+        with_tokens: bool = False,
+        ranks: Ranks = ALONE,
+        wanted: Wanted = None,
+    ) -> TrainingBatches:
         batches: TrainingBatches
+        part_of = ranks if wanted is None else ALONE
         if isinstance(self._source, RandomAccessSource):
             batches = RandomAccessBatches(
                 self._source,
@@ -189,15 +210,18 @@ class RowStream:
                 batch_size=self.batch_size,
                 n_rows=self._source.n_rows if n_rows is None else n_rows,
                 with_tokens=with_tokens,
+                ranks=part_of,
             )
         else:
             batches = BufferedBatches(
-                self._source,
+                shared(self._source, ranks, wanted),
                 seed=self.seed,
                 batch_size=self.batch_size,
                 buffer_rows=self.buffer_rows,
                 n_rows=n_rows,
                 with_tokens=with_tokens,
+                ranks=part_of,
+                hooks=None if wanted is None else wanted[ranks.rank],
             )
         self._training, self.left_out = batches, batches.left_out
         return batches
@@ -211,13 +235,14 @@ class RowStream:
         yield from itertools.islice(self._source.chunks(order, Progress()), n_chunks)
 
     def held_out_batches(
-        self, n_rows: int | None = None, *, with_tokens: bool = False
+        self, n_rows: int | None = None, *, with_tokens: bool = False, ranks: Ranks = ALONE
     ) -> Iterator[Batch]:
         """Held-out rows in order, in batches of `batch_size` at most.
 
         Args:
             n_rows: Most rows to give; None gives all. There may be fewer.
             with_tokens: As for `epoch`.
+            ranks: As for `batches`; each of them gets all of a batch.
 
         Raises:
             ValueError: Nothing was held out.
@@ -227,7 +252,7 @@ class RowStream:
                 "Nothing was held out: the share was 0, or the text made only one context."
             )
         n_most = self._held_out_source.n_rows if n_rows is None else n_rows
-        return self._in_order(self._held_out_source, n_most, with_tokens)
+        return self._in_order(shared(self._held_out_source, ranks), n_most, with_tokens)
 
     def _in_order(self, source: Source, n_most: int, with_tokens: bool) -> Iterator[Batch]:
         n_left = n_most

@@ -3,8 +3,9 @@
 Shape letters: m rows in a chunk, h hooks, d width of a hook.
 """
 
+import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from saefeat.activations.hook_reader import HookReader, ModelsReader
 from saefeat.activations.tokens import Tokens
+from saefeat.core.distributed import ALONE, Ranks
 
 Chunk = dict[str, Tensor]
 Batch = dict[str, Tensor]
@@ -24,6 +26,10 @@ TOKEN_IDS, POSITIONS = "token_ids", "positions"
 """Keys of a chunk that are no hooks: of each row its token, and its position in its context."""
 Order = npt.NDArray[np.int64]
 
+Wanted = Sequence[Collection[str]] | None
+"""The hooks that each of several processes wants; None where all want all."""
+
+_NORMS = "row norms"
 SAMPLED_ROWS = 256
 """Rows of given tensors whose values a fingerprint takes in."""
 
@@ -172,24 +178,29 @@ class ModelSource:
         self._contexts = torch.arange(contexts.start, contexts.stop)
         self._contexts_per_forward = contexts_per_forward
         self._max_norm_ratio = max_norm_ratio
+        self._ranks = ALONE
+        self._wanted: Sequence[Collection[str]] = [reader.hooks]
+
+    def shared_by(self, ranks: Ranks, wanted: Wanted) -> "ModelSource":
+        """The same source, of which several processes read the chunks in turn, for all."""
+        one = copy.copy(self)
+        one._ranks = ranks
+        one._wanted = [self._reader.hooks] * ranks.size if wanted is None else wanted
+        return one
 
     def chunks(
         self, order: Order, progress: Progress, with_tokens: bool = False
     ) -> Iterator[Chunk]:
         hooks, left_out = self._reader.hooks, progress.left_out
         rule = None if self._max_norm_ratio is None else OutlierRule(self._max_norm_ratio, progress)
-        for items in torch.from_numpy(order).split(self._contexts_per_forward):
-            contexts = self._contexts[items]
-            counts = self._tokens.counts[contexts].flatten()
-            positions = counts.nonzero().squeeze(1)
-            left_out.positions_read += counts.numel()
-            left_out.special_positions += counts.numel() - len(positions)
-            progress.n_items += len(items)
+        for contexts, positions, norms, chunk in self._read_in_turn(order):
+            n_positions = len(contexts) * self._tokens.context_size
+            left_out.positions_read += n_positions
+            left_out.special_positions += n_positions - len(positions)
+            progress.n_items += len(contexts)
             if len(positions) == 0:
                 continue
-            chunk = self._read(contexts, positions)
             tokens = self._tokens_of(contexts, positions) if with_tokens else {}
-            norms = row_norms(chunk)
             bad = first_non_finite(norms)
             if bad is not None:
                 context = int(contexts[positions[bad[1]] // self._tokens.context_size])
@@ -210,6 +221,38 @@ class ModelSource:
                     tokens = {name: x.index_select(0, kept) for name, x in tokens.items()}
             yield chunk | tokens
 
+    def _read_in_turn(self, order: Order) -> Iterator[tuple[Tensor, Tensor, Tensor, Chunk]]:
+        """Contexts, their positions that count, and the norms and rows of these.
+
+        Of several processes each reads the next of as many chunks as there are processes, and
+        hands the others the hooks that they want of it.
+        """
+        parts = self._contexts[torch.from_numpy(order)].split(self._contexts_per_forward)
+        for first in range(0, len(parts), self._ranks.size):
+            turn = []
+            for contexts in parts[first : first + self._ranks.size]:
+                counts = self._tokens.counts[contexts].flatten()
+                turn.append((contexts, counts.nonzero().squeeze(1)))
+            chunks = self._ranks.exchange(self._handed_out(turn))
+            for contexts, positions in turn:
+                chunk = chunks.pop(0)
+                yield contexts, positions, chunk.pop(_NORMS, torch.empty(0)), chunk
+
+    def _handed_out(self, turn: Sequence[tuple[Tensor, Tensor]]) -> list[Chunk]:
+        """What this process reads in a turn, for each process: the rows that it wants, and norms.
+
+        Empty where it is not its turn, or no position counts.
+        """
+        if self._ranks.rank >= len(turn) or len(turn[self._ranks.rank][1]) == 0:
+            return [{}] * self._ranks.size
+        own = self._read(*turn[self._ranks.rank])
+        norms = {_NORMS: row_norms(own)}
+        if all(len(hooks) == len(own) for hooks in self._wanted):
+            return [own | norms] * self._ranks.size
+        return [
+            {hook: own[hook] for hook in own if hook in hooks} | norms for hooks in self._wanted
+        ]
+
     def _tokens_of(self, contexts: Tensor, positions: Tensor) -> Chunk:
         ids = self._tokens.ids[contexts].flatten().index_select(0, positions)
         return {
@@ -226,6 +269,13 @@ class ModelSource:
             hook: value.flatten(0, 1).index_select(0, positions.to(value.device))
             for hook, value in values.items()
         }
+
+
+def shared(source: Source, ranks: Ranks, wanted: Wanted = None) -> Source:
+    """A source that processes read together, if there is anything to be saved by that."""
+    if ranks.size == 1 or not isinstance(source, ModelSource):
+        return source
+    return source.shared_by(ranks, wanted)
 
 
 def fingerprint(*parts: object) -> str:

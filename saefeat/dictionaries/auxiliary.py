@@ -9,6 +9,8 @@ from torch import Tensor
 
 from saefeat.dictionaries.base import DictionaryConfig, StepContext
 from saefeat.kernels.autograd import rows_of
+from saefeat.kernels.shared_latents import summed_value
+from saefeat.kernels.shared_selection import kth_largest_of_rows
 
 if TYPE_CHECKING:
     from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
@@ -51,18 +53,22 @@ def auxiliary_loss(
     """
     # Some of the rows, no more than take a tenth of a step, drawn by the shuffling of the stream:
     # an estimate without bias. FVU and dead share are those of a quarter of 2,048 rows.
-    dead = context.dead
-    n_affordable = len(x) * dictionary.d_sae // (SHARE_OF_STEP * len(dead))
-    n_rows = max(1, min(len(x) // 4, MOST_ROWS, max(FEWEST_ROWS, n_affordable)))
-    target = residual[:n_rows]
-    centred = dictionary.centred(x[:n_rows]).detach()
+    dead, n_dead, features = context.dead, context.n_dead_whole, context.feature_ranks
+    n, ranks = context.n_whole(len(x)), context.ranks
+    n_affordable = n * dictionary.d_sae * features.size // (SHARE_OF_STEP * n_dead)
+    n_rows = max(1, min(n // 4, MOST_ROWS, max(FEWEST_ROWS, n_affordable)))
+    # Of several processes the first few have these rows; each is to do its share of the work.
+    x, target = (ranks.rows(rows, slice(n_rows), n) for rows in (x, residual))
+    own = ranks.part(n_rows)
+    centred = dictionary.centred(x[own]).detach()
     encoder, decoder = (rows_of(one, dead) for one in (dictionary.encoder, dictionary.W_dec))
     scores = centred @ encoder.T + dictionary.b_enc[dead]
     k = auxiliary_k or max(1, int(dictionary.mean_width) // 2)
-    if len(dead) > k:
-        floor = scores.detach().kthvalue(len(dead) - k + 1, dim=1, keepdim=True).values
+    if n_dead > k:
+        floor = kth_largest_of_rows(scores.detach(), k, features)
         scores = scores * (scores >= floor)
-    prediction = torch.relu(scores) @ decoder
+    prediction = summed_value(torch.relu(scores) @ decoder, features)
     variance = (target - target.mean(0)).square().sum()
     # A residual that does not vary leaves nothing to learn from; 0 / 0 would poison the weights.
-    return (target - prediction).square().sum() / variance.clamp_min(torch.finfo(x.dtype).tiny)
+    error = (target[own] - prediction).square().sum()
+    return error / variance.clamp_min(torch.finfo(x.dtype).tiny)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from saefeat.core.distributed import ALONE, Ranks
 from saefeat.core.html import table
 from saefeat.kernels import stock
 from saefeat.kernels.codes import Codes
@@ -83,6 +84,29 @@ class StepContext:
     """Sum over the batch of the target's squared distance to its mean, the unit of the loss."""
     dead: Int[Tensor, " n_dead"]
     """Latents that have not fired for `dead_after_tokens`."""
+    ranks: Ranks = ALONE
+    """The processes that hold parts of the batch; losses are a part's share of that of all."""
+    n_rows: int | None = None
+    """Rows of the whole batch, where they are divided among processes."""
+
+    feature_ranks: Ranks = ALONE
+    """The processes that hold parts of the latents, each with the whole batch."""
+    n_dead: int | None = None
+    """Dead latents of all of them; None where this process has all latents."""
+
+    @property
+    def scored_by(self) -> Ranks:
+        """The processes that have parts of the scores of a batch, by rows or by latents."""
+        return self.feature_ranks if self.feature_ranks.size > 1 else self.ranks
+
+    @property
+    def n_dead_whole(self) -> int:
+        """Dead latents, in whichever process."""
+        return len(self.dead) if self.n_dead is None else self.n_dead
+
+    def n_whole(self, n: int) -> int:
+        """Rows of the whole batch, of which this process has n."""
+        return n if self.n_rows is None else self.n_rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from saefeat.dictionaries.base import StepContext
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
 from saefeat.dictionaries.topk import RankedConfig, annealed_k, check_ranked
 from saefeat.kernels.codes import Codes, SparsityPattern
+from saefeat.kernels.shared_selection import batch_top_k
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,8 +58,10 @@ class BatchTopK(SparseAutoencoder):
 
     def select(self, scores: Float[Tensor, "n d_sae"], context: StepContext) -> SparsityPattern:
         """The k * n largest scores above 0."""
-        k = annealed_k(self.config, self.d_sae, context.progress)
-        pattern, least = context.kernels.batch_top_k(scores, k * len(scores))
+        d_sae = self.d_sae * context.feature_ranks.size
+        k = annealed_k(self.config, d_sae, context.progress)
+        n_kept = k * context.n_whole(len(scores))
+        pattern, least = batch_top_k(context.kernels, scores, n_kept, context.scored_by)
         decay = self.config.threshold_decay
         self.threshold_sum.mul_(decay).add_((1 - decay) * least)
         self.threshold_weight.mul_(decay).add_(1 - decay)

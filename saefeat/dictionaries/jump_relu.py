@@ -122,21 +122,28 @@ class JumpReLU(SparseAutoencoder):
         context: StepContext,
     ) -> dict[str, Float[Tensor, ""]]:
         """The smooth or the exact count of the latents that are on."""
+        n = context.n_whole(codes.n_rows)
         if self.config.sparsity_loss == "step":
             threshold = self.threshold[codes.latents]
             count = _Step.apply(scores, threshold, self.config.bandwidth).sum()
             if self.config.target_l0 is None:
                 coefficient = self.penalty.step(codes, context)
             else:
-                miss = count.detach() / codes.n_rows / self.config.target_l0 - 1
+                n_on = context.ranks.sum(count.detach().clone())
+                miss = n_on / n / self.config.target_l0 - 1
                 coefficient = (TARGET_GAIN * miss).clamp(-MAX_COEFFICIENT, MAX_COEFFICIENT)
         else:
             coefficient = self.penalty.step(codes, context)
             norms = self.W_dec.norm(dim=1)[codes.latents]
             smooth = torch.tanh(self.config.tanh_scale * codes.values * norms)
-            often = context.kernels.latent_sums(codes.pattern, smooth) / codes.n_rows
-            count = codes.n_rows * (often * (1 + often / self.config.frequent)).sum()
-        return {"sparsity": coefficient * count / target.numel()}
+            often = context.kernels.latent_sums(codes.pattern, smooth) / n
+            count = n * (often * (1 + often / self.config.frequent)).sum()
+            if context.ranks.size > 1:
+                # Of a part: its share of the squared mean of all, and of the gradient of that.
+                whole = context.ranks.sum(often.detach().clone())
+                squares = whole * (2 * often - often.detach())
+                count = n * (often + squares / self.config.frequent).sum()
+        return {"sparsity": coefficient * count / (n * target.shape[1])}
 
     @torch.no_grad()
     def restart(

@@ -40,7 +40,8 @@ def l1_share(
     contributions: Float[Tensor, " nnz"], target: Float[Tensor, "n d_out"], context: StepContext
 ) -> Float[Tensor, ""]:
     """Summed contributions over those of as many coordinates of the target's mean variance."""
-    return contributions.sum() / (context.variance * target.numel()).sqrt()
+    n_numbers = context.n_whole(len(target)) * target.shape[1]
+    return contributions.sum() / (context.variance * n_numbers).sqrt()
 
 
 class Penalty(nn.Module):
@@ -74,7 +75,8 @@ class Penalty(nn.Module):
         if context.progress < self.warmup_fraction:
             return self.coefficient * (context.progress / self.warmup_fraction)
         if self.target_l0 is not None:
-            l0 = (codes.values > 0).sum() / codes.n_rows
+            n_on = context.ranks.sum((codes.values > 0).sum())
+            l0 = n_on / context.n_whole(codes.n_rows)
             error = (l0 / self.target_l0).clamp_min(1e-3).log().clamp(-1, 1)
             self.coefficient.mul_((GAIN * error).exp())
         return self.coefficient.clone()

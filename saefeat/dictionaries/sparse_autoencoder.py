@@ -15,6 +15,7 @@ from saefeat.dictionaries.base import (
 )
 from saefeat.kernels.autograd import sparse_encode, squared_errors
 from saefeat.kernels.codes import Codes, SparsityPattern
+from saefeat.kernels.shared_latents import summed_gradient
 
 
 class SparseAutoencoder(Dictionary):
@@ -117,15 +118,16 @@ class SparseAutoencoder(Dictionary):
         with torch.no_grad():
             rough = self.scores(x) if context.scores is None else context.scores
             pattern = self.select(rough, context)
-        scores = sparse_encode(
-            context.kernels, pattern, x, self.encoder, self.b_enc, self.input_bias
-        )
+        bias = self.input_bias
+        if bias is not None:
+            bias = summed_gradient(bias, context.feature_ranks)
+        scores = sparse_encode(context.kernels, pattern, x, self.encoder, self.b_enc, bias)
         codes = Codes(pattern, self.activate(scores, pattern, context))
         total, residual = self.reconstruct(codes, target, context)
         terms = {"fvu": torch.linalg.vector_norm(residual).square() / context.variance}
         losses = self.sparsity_losses(scores, codes, target, context)
         config = self.config
-        if isinstance(config, AuxiliaryConfig) and config.auxiliary_weight and len(context.dead):
+        if isinstance(config, AuxiliaryConfig) and config.auxiliary_weight and context.n_dead_whole:
             auxiliary = auxiliary_loss(self, config.auxiliary_k, x, residual, context)
             losses["auxiliary"] = config.auxiliary_weight * auxiliary
         for name, loss in losses.items():

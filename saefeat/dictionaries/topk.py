@@ -10,6 +10,7 @@ from saefeat.dictionaries.auxiliary import AuxiliaryConfig
 from saefeat.dictionaries.base import StepContext
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
 from saefeat.kernels.codes import Codes, SparsityPattern
+from saefeat.kernels.shared_selection import top_k
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +72,9 @@ class TopK(SparseAutoencoder):
 
     def select(self, scores: Float[Tensor, "n d_sae"], context: StepContext) -> SparsityPattern:
         """The k largest of each row."""
-        k = annealed_k(self.config, self.d_sae, context.progress)
-        return SparsityPattern.from_top_k(context.kernels.top_k(scores, k), self.d_sae)
+        d_sae = self.d_sae * context.feature_ranks.size
+        k = annealed_k(self.config, d_sae, context.progress)
+        return top_k(context.kernels, scores, k, context.feature_ranks)
 
     @property
     def sae_lens_fields(self) -> dict[str, object]:

@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saefeat.core.distributed import Ranks
+
 
 def fraction_variance_unexplained(
     target: Float[Tensor, "n d"], recon: Float[Tensor, "n d"]
@@ -76,6 +78,24 @@ class FidelitySums:
         self.squared_deviation += float(shift.square().sum()) * self.n_rows * n / merged
         self._mean = self._mean + shift * n / merged
         self.n_rows = merged
+
+    def add_up(self, ranks: Ranks, d: int) -> None:
+        """Take in what the other processes have summed of theirs, in rows of width d."""
+        if ranks.size == 1:
+            return
+        mean = torch.zeros(d, dtype=torch.float64) if self._mean is None else self._mean
+        summed = ranks.sum(torch.cat([self.n_rows * mean.cpu(), self._sums()]))
+        n_rows = int(summed[d])
+        whole_mean = summed[:d] / max(1, n_rows)
+        between = self.n_rows * (mean.cpu() - whole_mean).square().sum()
+        self.squared_deviation = float(summed[d + 1] + ranks.sum(between))
+        self.squared_error, self.relative_error = float(summed[d + 2]), float(summed[d + 3])
+        self.n_relative, self.n_rows = int(summed[d + 4]), n_rows
+        self._mean = whole_mean
+
+    def _sums(self) -> Float[Tensor, "5"]:
+        sums = (self.n_rows, self.squared_deviation, self.squared_error, self.relative_error)
+        return torch.tensor([*sums, self.n_relative], dtype=torch.float64)
 
     @property
     def total_variance(self) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saefeat.activations.hooks import replaced_activations
 from saefeat.activations.tokens import Tokens
+from saefeat.core.distributed import ALONE, Ranks
 
 Replacement = Callable[[Tensor], Tensor]
 """Gives rows `[n, d]` to put in the place of rows `[n, d]`, float32 and on the processor."""
@@ -47,6 +48,7 @@ class CrossEntropy:
         max_norm_ratio: As in the stream that the dictionaries were trained on; None replaces
             all positions that count.
         contexts_per_forward: How many contexts run at once.
+        ranks: Processes that ask for the same losses; each runs a share of the contexts.
     """
 
     def __init__(
@@ -56,11 +58,13 @@ class CrossEntropy:
         *,
         max_norm_ratio: float | None = 10.0,
         contexts_per_forward: int = 8,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model = model
         self.tokens = tokens
         self.max_norm_ratio = max_norm_ratio
         self.contexts_per_forward = contexts_per_forward
+        self.ranks = ranks
 
     def clean(self) -> float:
         """The model as it is, in nats per token."""
@@ -85,11 +89,16 @@ class CrossEntropy:
 
     def _mean(self, splice: Callable[[Tensor], AbstractContextManager[None]]) -> float:
         loss_sum, n_losses = 0.0, 0
-        for start in range(0, self.tokens.n_contexts, self.contexts_per_forward):
-            batch = slice(start, start + self.contexts_per_forward)
+        size = self.contexts_per_forward
+        own = self.ranks.rank * size
+        for start in range(own, self.tokens.n_contexts, size * self.ranks.size):
+            batch = slice(start, start + size)
             with splice(self.tokens.counts[batch]):
                 batch_sum, n_batch = self._forward(batch)
             loss_sum, n_losses = loss_sum + batch_sum, n_losses + n_batch
+        if self.ranks.size > 1:
+            sums = self.ranks.sum(torch.tensor([loss_sum, n_losses], dtype=torch.float64))
+            loss_sum, n_losses = sums.tolist()
         if n_losses == 0:
             raise ValueError("CE is undefined: no position has a next token.")
         return loss_sum / n_losses

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saefeat.core.distributed import Ranks
 from saefeat.kernels.codes import Codes
 
 ULTRALOW_DENSITY = 1e-5
@@ -85,6 +86,12 @@ class SparsityCounts:
         self.n_rows += codes.n_rows
         self.firing += codes.firing_counts()
         self.activation_sums.index_add_(0, codes.latents, codes.values.detach().double())
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Take in what the other processes have counted of theirs."""
+        self.n_rows = int(ranks.sum(torch.tensor(self.n_rows)))
+        ranks.sum(self.firing)
+        ranks.sum(self.activation_sums)
 
     @property
     def density(self) -> Float[Tensor, " d_sae"]:

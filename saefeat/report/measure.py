@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saefeat.activations.stream import ActivationStream
+from saefeat.core.distributed import current
 from saefeat.core.progress import progress_bar
 from saefeat.dictionaries.base import Dictionary
 from saefeat.dictionaries.crosscoder import AcrossHooks
@@ -39,6 +40,9 @@ def measure(
     A crosscoder is measured on all its hooks together, each scaled to the same mean norm, and its
     FVU at each hook besides. Its neurons are those of all its hooks. No loss recovered is given
     for it: it reads later layers, which know what an earlier one held before it was replaced.
+
+    Of several processes of torch.distributed each measures its share of the rows and contexts, and
+    all get the same report, to within rounding that of one process.
 
     Args:
         bank: The dictionaries.
@@ -91,13 +95,18 @@ def measure(
     }
     row_sums = {name: torch.zeros(stream.widths[name], dtype=torch.float64) for name in wanted}
     n_seen = 0
+    ranks = current()
+    progress = progress and ranks.is_first
     bar = progress_bar(
         total=min(n_tokens, stream.n_held_out_rows), unit="tok", desc="measuring", shown=progress
     )
-    for batch in stream.held_out_batches(n_tokens):
-        n_seen += len(next(iter(batch.values())))
+    for batch in stream.held_out_batches(n_tokens, ranks=ranks):
+        n = len(next(iter(batch.values())))
+        n_seen += n
         bar.update(n_seen - bar.n)
-        rows = {name: batch[name].cpu().float() for name in wanted}
+        rows = {name: batch[name][ranks.part(n)].cpu().float() for name in wanted}
+        if len(next(iter(rows.values()))) == 0:
+            continue  # Fewer rows than processes are left.
         for name, total in row_sums.items():
             total += rows[name].double().sum(0)
         for key, dictionary in bank.items():
@@ -112,11 +121,18 @@ def measure(
                 for (hook_name, sums), part in zip(by_hook[key].items(), parts, strict=True):
                     sums.update(rows[hook_name], part)
     bar.close()
+    for key, dictionary in bank.items():
+        sparsity[key].add_up(ranks)
+        fidelity[key].add_up(ranks, dictionary.d_out)
+        for hook_name, sums in by_hook.get(key, {}).items():
+            sums.add_up(ranks, dictionary.hook_widths[hook_name])
+    row_sums = ranks.sum_each(row_sums)
     losses: dict[Key, dict[str, float]] = {}
     cross_entropy = None
     if model is not None and stream.held_out_tokens is not None:
         n_contexts = max(1, ce_tokens // stream.held_out_tokens.context_size)
-        evaluation = CrossEntropy(model, stream.held_out_tokens.first(n_contexts))
+        evaluated = stream.held_out_tokens.first(n_contexts)
+        evaluation = CrossEntropy(model, evaluated, ranks=ranks)
         means = {name: (total / n_seen).float() for name, total in row_sums.items()}
         losses, cross_entropy = _losses(bank, evaluation, ablation, means, progress)
     measured = []

@@ -2,25 +2,30 @@
 
 import copy
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saefeat.core.distributed import ALONE, Ranks
 from saefeat.dictionaries.base import Dictionary
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
 from saefeat.kernels.dispatch import Kernels
 from saefeat.training.bank import Bank, Key
 from saefeat.training.learner import STEPS_BETWEEN_LOOKS, Learner, saved
-from saefeat.training.normalisation import ActivationScale, geometric_median
+from saefeat.training.normalisation import ActivationScale, geometric_median, summed_norm
 from saefeat.training.shared_scores import Scratch, groups, shared_scores
 
 INITIAL_ROWS = 4096
 """Rows of the first batch that dictionaries are initialised from."""
 LEAST_VARIANCE = 1e-6
 """Of a coordinate, whose mean square is about 1 once scaled; a loss is a share of no less."""
+
+
+Measured = dict[Key, dict[str, Tensor | float]]
+"""What a step measured of each dictionary, by name."""
 
 
 class BankLearner:
@@ -38,6 +43,8 @@ class BankLearner:
         selection_dtype: Dtype of the dense product that only selects.
         trained: Whether the dictionaries are trained already and read raw activations, so
             that they are not initialised.
+        ranks: Processes that hold parts of each batch; all of them learn the same.
+        feature_ranks: Processes that hold parts of each dictionary's latents.
     """
 
     def __init__(
@@ -50,8 +57,11 @@ class BankLearner:
         kernels: Kernels,
         selection_dtype: torch.dtype,
         trained: bool = False,
+        ranks: Ranks = ALONE,
+        feature_ranks: Ranks = ALONE,
     ) -> None:
         self.device = device
+        self.ranks = ranks
         self.trained = trained
         self.targets = Bank(dictionaries).targets
         self.groups: dict[str, dict[str, int]] = {}
@@ -76,15 +86,17 @@ class BankLearner:
                 n_tokens=n_tokens,
                 n_steps=n_steps,
                 kernels=kernels,
+                feature_ranks=feature_ranks,
             )
 
-    def step(self, batch: Mapping[str, Tensor]) -> dict[Key, dict[str, Tensor | float]]:
+    def step(self, batch: Mapping[str, Tensor], n_rows: int | None = None) -> Measured:
         """Make one step of every dictionary.
 
         On a GPU what is not finite is noticed within 16 steps, and always before `finish`.
 
         Args:
             batch: Rows of raw activations for each hook, any dtype and device.
+            n_rows: Rows of the whole batch, where this is a part of it; None for those given.
 
         Returns:
             What each dictionary's step measured, still on the device.
@@ -93,12 +105,19 @@ class BankLearner:
             ValueError: An activation or a loss is not finite, or a hook is constant.
         """
         looks = self.step_number % STEPS_BETWEEN_LOOKS.get(self.device.type, 1) == 0
-        measured = {}
+        measured: Measured = {}
+        n = len(next(iter(batch.values())))
+        n_rows = n if n_rows is None else n_rows
+        ranks = self.ranks.sharing(n_rows)
+        raw = {
+            hook_name: batch[hook_name].to(self.device, torch.float32, non_blocking=True)
+            for hook_name in self.scales
+        }
+        norm_sums = ranks.sum_each({hook_name: summed_norm(x) for hook_name, x in raw.items()})
         scaled: dict[str, Tensor] = {}
         for hook_name, scale in self.scales.items():
-            x = batch[hook_name].to(self.device, torch.float32, non_blocking=True)
-            scale.update(x)
-            scaled[hook_name] = x * scale.factor.float()
+            scale.add(norm_sums[hook_name], n_rows)
+            scaled[hook_name] = raw.pop(hook_name) * scale.factor.float()
         for name, hooks in self.groups.items():
             scaled[name] = torch.cat([scaled[hook_name] for hook_name in hooks], dim=1)
         # Of a hook that only crosscoders read, the copy among the others is enough.
@@ -108,27 +127,43 @@ class BankLearner:
         if looks:
             self._check_activations()
         if self.step_number == 0:
-            self._begin(scaled)
-        means = {name: x.mean(0) for name, x in scaled.items()}
+            self._begin({name: ranks.whole(x, n_rows) for name, x in scaled.items()})
+        means = ranks.sum_each({name: x.mean(0) * (n / n_rows) for name, x in scaled.items()})
         # A last batch may have one row, or zeros alone, and then no variance to divide by. Adam's
         # step does not grow with the loss; the FVU that is logged of such a batch means nothing.
+        squares = ranks.sum_each(
+            {name: torch.linalg.vector_norm(x - means[name]).square() for name, x in scaled.items()}
+        )
         variances = {
-            name: torch.linalg.vector_norm(x - means[name])
-            .square()
-            .clamp_min(LEAST_VARIANCE * x.numel())
+            name: squares[name].clamp_min(LEAST_VARIANCE * (n_rows * x.shape[1]))
             for name, x in scaled.items()
         }
         for hook_name in self.learners:
             for key, scores in self._scores(hook_name, scaled[hook_name], means[hook_name]):
                 target = self.targets[key]
                 measured[key] = self.learners[hook_name][key].step(
-                    scaled[hook_name], scaled[target], variances[target], self.step_number, scores
+                    scaled[hook_name],
+                    scaled[target],
+                    variances[target],
+                    self.step_number,
+                    scores,
+                    ranks,
+                    n_rows,
                 )
                 self.loss_sums[key] = self.loss_sums[key] + measured[key]["loss"]
         if looks:
             self._check_losses()
         self.step_number += 1
-        self.n_tokens_seen += len(x)
+        self.n_tokens_seen += n_rows
+        return measured
+
+    @property
+    def hooks_wanted(self) -> list[set[str]] | None:
+        """Hooks of which each process learns from whole batches; None where it has parts of all."""
+        return None
+
+    def of_all(self, measured: Measured) -> Measured:
+        """What a step measured, as every process has it where they divide the batch."""
         return measured
 
     def finish(self) -> Bank:
@@ -137,7 +172,7 @@ class BankLearner:
         self._check_losses()
         return Bank({key: self._folded(key, one.dictionary) for key, one in self._all().items()})
 
-    def snapshots(self) -> Iterator[tuple[Key, Dictionary]]:
+    def snapshots(self) -> Iterable[tuple[Key, Dictionary]]:
         """What `finish` would give now, one copy after the other, the training left as it is."""
         self._check_activations()
         self._check_losses()
@@ -250,16 +285,25 @@ class BankLearner:
             name: torch.cat([geometric_median(x) for _, x in self._by_hook(name, sample[name])])
             for name in {*self.targets.values()}
         }
-        for hook_name, learners in self.learners.items():
+        for learners in self.learners.values():
             for key, learner in learners.items():
                 dictionary, target = learner.dictionary, self.targets[key]
                 if self.trained:
                     dictionary.fold_scales([1 / factor for factor in self._factors(key)])
                     dictionary.fold_decoder_norms()
                     continue
-                generator = torch.Generator()
-                generator.manual_seed(_initial_seed(hook_name, dictionary.d_sae, key[2]))
-                dictionary.initialise(generator, centres[target], sample[hook_name], sample[target])
+                self._initialise(dictionary, key, centres[target], sample)
+
+    def _initialise(
+        self,
+        dictionary: Dictionary,
+        key: Key,
+        centre: Float[Tensor, " d_out"],
+        sample: Mapping[str, Float[Tensor, "n _"]],
+    ) -> None:
+        generator = torch.Generator()
+        generator.manual_seed(_initial_seed(key[0], dictionary.d_sae, key[2]))
+        dictionary.initialise(generator, centre, sample[key[0]], sample[self.targets[key]])
 
 
 def _check_that_it_varies(hook_name: str, x: Float[Tensor, "n d"]) -> None:

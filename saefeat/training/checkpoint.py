@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from saefeat.core.distributed import Ranks
 from saefeat.core.files import (
     hash_file,
     publish_folder,
@@ -108,6 +109,24 @@ def load_newest(folder: Path) -> Checkpoint | None:
     if first_problem:
         raise ValueError(f"{first_problem}. No other checkpoint is whole, so nothing is resumed.")
     return None
+
+
+def shared_checkpoint(checkpoint: Checkpoint | None, ranks: Ranks) -> Checkpoint | None:
+    """What the first process has read, for all, which need not see its disk."""
+    if ranks.size == 1:
+        return checkpoint
+    facts = ranks.told(None if checkpoint is None else (checkpoint.step, checkpoint.stream))
+    if facts is None:
+        return None
+    step, stream = facts
+    training = None if checkpoint is None else checkpoint.training
+    rows = None if checkpoint is None else checkpoint.stream_rows
+    return Checkpoint(
+        step=step,
+        stream=stream,
+        training=ranks.tensors_of(0, training),
+        stream_rows=ranks.tensors_of(0, rows),
+    )
 
 
 def _all(folder: Path) -> list[Path]:

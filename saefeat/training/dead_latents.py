@@ -1,7 +1,7 @@
 """Which latents have stopped firing during training."""
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from saefeat.dictionaries.base import DictionaryConfig
@@ -26,6 +26,11 @@ class DeadLatents:
         self.tokens_since_fired: Int[Tensor, " d_sae"] = torch.zeros(
             d_sae, dtype=torch.int64, device=device
         )
+
+    def note_firing(self, has_fired: Bool[Tensor, " d_sae"], n_rows: int) -> None:
+        """Take in which latents fired in a batch that several processes held parts of."""
+        self.tokens_since_fired += n_rows
+        self.tokens_since_fired.masked_fill_(has_fired, 0)
 
     def update(self, codes: Codes) -> None:
         """Take in the codes of a batch."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 
@@ -14,17 +15,20 @@ Option = Callable[[Requirements], Iterator[tuple[str, Requirements]]]
 """Ever smaller runs, each with the words for what was changed."""
 
 
-def check_fit(run: Requirements, out: Path | None) -> None:
+def check_fit(run: Requirements, out: Path | None, n_processes: int = 1) -> None:
     """Refuse a run that is larger than what is free of memory or disk.
 
     Args:
         run: The run.
         out: Its folder; None where nothing is written.
+        n_processes: How many on this machine are to run it together, each with memory of its own.
 
     Raises:
         ValueError: It does not fit. The message says by how much, and which option would help.
     """
-    places = [("host memory", run.host_parts, memory.available_host_bytes())]
+    host_bytes = memory.available_host_bytes() // n_processes
+    places = [("host memory", run.host_parts, host_bytes)]
+    for_each = f" for each of {n_processes} processes" if n_processes > 1 else ""
     if run.device_parts:
         device = run.device if run.device.type == "cuda" else run.stream_device
         places.append((f"memory on {device}", run.device_parts, _device_limit(run)))
@@ -35,7 +39,8 @@ def check_fit(run: Requirements, out: Path | None) -> None:
             raise ValueError(
                 f"The run would take {readable_bytes(needed)} of {place}, the largest part for "
                 f"{largest} ({readable_bytes(parts[largest])}), and {readable_bytes(available)} "
-                f"are free. {_advice(run, _OPTIONS[largest], _fits_memory)}"
+                f"are free{for_each}. "
+                f"{_advice(run, _OPTIONS[largest], partial(_fits_memory, n_processes=n_processes))}"
             )
     if out is not None and run.disk_bytes > (free := memory.available_disk_bytes(out)):
         advice = _advice(
@@ -63,8 +68,8 @@ def _device_limit(run: Requirements) -> int:
     return memory.available_device_bytes(device)
 
 
-def _fits_memory(run: Requirements) -> bool:
-    return sum(run.host_parts.values()) <= memory.available_host_bytes() and (
+def _fits_memory(run: Requirements, n_processes: int) -> bool:
+    return sum(run.host_parts.values()) <= memory.available_host_bytes() // n_processes and (
         not run.device_parts or sum(run.device_parts.values()) <= _device_limit(run)
     )
 

@@ -23,13 +23,23 @@ class ActivationScale:
 
     def update(self, x: Float[Tensor, "n d_in"]) -> None:
         """Take in a batch."""
-        self.norm_sum += torch.linalg.vector_norm(x, dim=1).sum(dtype=torch.float64)
-        self.n_rows += len(x)
+        self.add(summed_norm(x), len(x))
+
+    def add(self, norm_sum: Float[Tensor, ""], n_rows: int) -> None:
+        """Take in a batch of which the `summed_norm` is known."""
+        self.norm_sum += norm_sum
+        self.n_rows += n_rows
 
     @property
     def factor(self) -> Float[Tensor, ""]:
         """sqrt(d_in) over the mean norm; it stays on the device."""
         return math.sqrt(self.d_in) * self.n_rows / self.norm_sum
+
+
+def summed_norm(x: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+    """The sum of the lengths of all rows, in float64."""
+    norms: Tensor = torch.linalg.vector_norm(x, dim=1)
+    return norms.sum(dtype=torch.float64)
 
 
 def geometric_median(

@@ -24,7 +24,7 @@ from saefeat.core.records import entry, mapping
 from saefeat.training.bank import Bank
 from saefeat.training.checkpoint import Checkpoint, load_newest
 
-MAY_DIFFER = ("torch", "threads")
+MAY_DIFFER = ("torch", "threads", "processes", "parallel")
 """Entries of `config.json` that may be others when a run is gone on with."""
 NOT_COMPARED = ("notes",)
 """Entries that decide nothing."""

@@ -1,37 +1,29 @@
 """`train`: a bank of dictionaries from one pass over a stream."""
 
-import logging
+import json
 import math
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from saefeat.activations.batches import TrainingBatches
-from saefeat.activations.sources import Batch
 from saefeat.activations.stream import ActivationStream
+from saefeat.core import distributed
 from saefeat.core.devices import fastest_dtype, resolve_device
-from saefeat.core.progress import progress_bar
 from saefeat.dictionaries.base import Dictionary, DictionaryConfig
 from saefeat.kernels.dispatch import choose_kernels
 from saefeat.training.bank import Bank, Key
 from saefeat.training.bank_learner import BankLearner
 from saefeat.training.callbacks import Callback, Listeners
-from saefeat.training.checkpoint import Checkpoint, save_checkpoint
 from saefeat.training.fitting import check_fit
-from saefeat.training.interruption import RunInterrupted, stop_requests
-from saefeat.training.loggers import JSONLines
 from saefeat.training.new_bank import blank_dictionaries, copies
-from saefeat.training.prefetch import prefetched
 from saefeat.training.requirements import Requirements
+from saefeat.training.run import Run
 from saefeat.training.run_folder import RunFolder
-
-logger = logging.getLogger(__name__)
+from saefeat.training.sharded_bank import ShardedBankLearner, own_dictionaries, sent
+from saefeat.training.sharded_features import FeatureShardedLearner, shard_of
 
 
 def train(
@@ -54,6 +46,7 @@ def train(
     check_memory: bool = True,
     callbacks: Sequence[Callback] = (),
     notes: Mapping[str, Any] | None = None,
+    parallel: Literal["data", "bank", "features"] = "data",
 ) -> Bank:
     """Train one dictionary for every hook, expansion factor and seed, all in the same pass.
 
@@ -95,6 +88,13 @@ def train(
         callbacks: Are told of the start, of what is measured every `log_every` steps, and of the
             end: `loggers.TensorBoard`, `loggers.WeightsAndBiases`, or a `Callback` of your own.
         notes: What else `config.json` is to say, under that name; JSON can hold it.
+        parallel: What the processes of torch.distributed divide, if there are several; all of
+            them call this with the same arguments, and the first writes. "data" divides the
+            rows of every batch: all learn the same, as one process would from whole batches, up
+            to the order of sums. "bank" divides the dictionaries, to the same bits as one
+            process. "features" divides the latents of every dictionary, TopK or BatchTopK, for
+            those too wide for one process: the same up to the order of sums. In each a language
+            model reads a share of the text for all.
 
     Returns:
         The dictionaries, reading raw activations (the scale of training is folded in).
@@ -105,6 +105,7 @@ def train(
             option with which it does is named.
         FileExistsError: `out` already holds files, and `resume` is not set.
         BlockingIOError: Another process is writing to `out`.
+        PeerLostError: One of several processes has ended or hangs, so that all end.
         CallbackError: A callback raised. With `out` a checkpoint is written one step later, or
             the dictionaries after the last step, before it is raised.
         RunInterrupted: SIGINT or SIGTERM came while training in `out` from the main thread; the
@@ -120,6 +121,9 @@ def train(
             raise ValueError(f"{name} must be 1 or more, got {value}.")
     if resume and out is None:
         raise ValueError("resume=True needs out, the folder of the run to go on with.")
+    if parallel not in ("data", "bank", "features"):
+        raise ValueError(f"parallel must be 'data', 'bank' or 'features', got {parallel!r}.")
+    ranks = distributed.current()
     device = resolve_device(device)
     kernel_name, backend = choose_kernels(kernels, device)
     further = isinstance(config, Bank)
@@ -137,20 +141,29 @@ def train(
             keep_last=keep_last,
             device=device,
         )
-        check_fit(run_size, None if out is None else Path(out))
+        if parallel in ("bank", "features") and ranks.size > 1:
+            mine = _own_part(run_size.dictionaries, parallel, ranks)
+            run_size = replace(run_size, dictionaries=mine, remake=None)
+        n_here = distributed.processes_here() if ranks.size > 1 else 1
+        check_fit(run_size, None if out is None else Path(out), n_here)
     dictionaries = (
         copies(stream, config)
         if isinstance(config, Bank)
         else blank_dictionaries(stream, config, expansion_factors, seeds, targets, groups)
     )
-    learner = BankLearner(
-        dictionaries,
-        trained=further,
-        n_tokens=n_tokens,
-        n_steps=math.ceil(n_tokens / stream.batch_size),
-        device=device,
-        kernels=backend,
-        selection_dtype=fastest_dtype(device),
+    options: dict[str, Any] = {
+        "trained": further,
+        "n_tokens": n_tokens,
+        "n_steps": math.ceil(n_tokens / stream.batch_size),
+        "device": device,
+        "kernels": backend,
+        "selection_dtype": fastest_dtype(device),
+    }
+    sharded = {"bank": ShardedBankLearner, "features": FeatureShardedLearner}
+    learner: BankLearner = (
+        sharded[parallel](dictionaries, peers=ranks, **options)
+        if parallel in sharded and ranks.size > 1
+        else BankLearner(dictionaries, ranks=ranks, **options)
     )
     description = {
         "dictionaries": [_described(key, one) for key, one in dictionaries.items()],
@@ -165,199 +178,69 @@ def train(
         "kernels": kernel_name,
         "selection_dtype": str(learner.selection_dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "processes": ranks.size,
+        "parallel": parallel if ranks.size > 1 else None,
         "torch": torch.__version__,
         "notes": dict(notes or {}),
     }
-    listeners = Listeners(callbacks)
+    _check_all_ask_the_same(description, ranks)
+    listeners = Listeners(callbacks if ranks.is_first else ())
+    run = Run(
+        learner,
+        stream,
+        listeners,
+        description,
+        n_tokens=n_tokens,
+        log_every=log_every,
+        progress=progress,
+        is_heard=bool(callbacks),
+        ranks=ranks,
+    )
     if out is None:
-        return _run_in_memory(
-            learner,
-            stream,
-            listeners,
-            description,
-            n_tokens=n_tokens,
-            log_every=log_every,
-            progress=progress,
-        )
-    folder = RunFolder(Path(out), description, resume=resume)
+        return run.in_memory()
+    path = Path(out)
+    folder = ranks.on_first(lambda: RunFolder(path, description, resume=resume))
     try:
-        if folder.is_finished:
-            return Bank.load(folder.path)
-        return _run_in(
-            folder,
-            learner,
-            stream,
-            listeners,
-            description,
-            n_tokens=n_tokens,
-            checkpoint_every=checkpoint_every,
-            keep_last=keep_last,
-            log_every=log_every,
-            progress=progress,
-        )
+        if ranks.told(folder is not None and folder.is_finished):
+            ended = ranks.on_first(lambda: Bank.load(path))
+            return Bank(
+                {
+                    key: sent(None if ended is None else ended[key], 0, blank, ranks)
+                    for key, blank in dictionaries.items()
+                }
+            )
+        return run.in_folder(folder, path, checkpoint_every=checkpoint_every, keep_last=keep_last)
     finally:
         listeners.end(None)
-        folder.close()
+        if folder is not None:
+            folder.close()
 
 
-def _run_in_memory(
-    learner: BankLearner,
-    stream: ActivationStream,
-    listeners: Listeners,
-    description: Mapping[str, Any],
-    *,
-    n_tokens: int,
-    log_every: int,
-    progress: bool,
-) -> Bank:
-    """Train from the start to the end, and write nothing."""
-    started = time.perf_counter()
-    try:
-        listeners.start(description, 0)
-        batches = prefetched(stream.batches(n_tokens), lambda: False)
-        for batch in _with_bar(batches, n_tokens, 0, progress):
-            measured = learner.step(batch)
-            if len(listeners) and _is_logged(learner, n_tokens, log_every):
-                for record in _records(learner, measured, started):
-                    listeners.record(record)
-                listeners.raise_error("Without `out` nothing of the run is kept.")
-        bank = learner.finish()
-        listeners.end(bank)
-    finally:
-        listeners.end(None)
-    if listeners.error is not None:
-        # To raise it would lose the dictionaries, which are nowhere else.
-        logger.error("%s, after training had ended.", listeners.culprit, exc_info=listeners.error)
-    return bank
+def _own_part(
+    dictionaries: Mapping[Key, Dictionary], parallel: str, ranks: distributed.Ranks
+) -> dict[Key, Dictionary]:
+    """What this process holds of a bank, by shape."""
+    if parallel == "bank":
+        return own_dictionaries(dictionaries, ranks)
+    with torch.device("meta"):
+        return {key: shard_of(one, ranks) for key, one in dictionaries.items()}
 
 
-def _run_in(
-    folder: RunFolder,
-    learner: BankLearner,
-    stream: ActivationStream,
-    listeners: Listeners,
-    description: Mapping[str, Any],
-    *,
-    n_tokens: int,
-    checkpoint_every: int,
-    keep_last: int,
-    log_every: int,
-    progress: bool,
-) -> Bank:
-    """Train from the last checkpoint that the folder holds, or from the start, to the end."""
-    started = time.perf_counter()
-    batches = _restored(folder, learner, stream, n_tokens)
-
-    def save() -> None:
-        facts, rows = batches.state()
-        now = Checkpoint(
-            step=learner.step_number, training=learner.state(), stream=facts, stream_rows=rows
-        )
-        with _saying_how_to_go_on(f"The checkpoint after step {now.step}"):
-            save_checkpoint(folder.checkpoints, now, learner.snapshots(), keep_last=keep_last)
-
-    saves = False
-
-    def saves_after_this_step() -> bool:
-        nonlocal saves
-        is_due = (learner.step_number + 1) % checkpoint_every == 0
-        saves = is_due or stop.signal is not None or listeners.error is not None
-        return saves
-
-    listeners.start(description, learner.step_number)
-    with stop_requests() as stop, _metrics_file(folder) as metrics:
-        fetched = prefetched(batches, saves_after_this_step)
-        for batch in _with_bar(fetched, n_tokens, learner.n_tokens_seen, progress):
-            measured = learner.step(batch)
-            is_last = learner.n_tokens_seen >= n_tokens
-            if _is_logged(learner, n_tokens, log_every):
-                for record in _records(learner, measured, started):
-                    metrics.record(record)
-                    listeners.record(record)
-            # A signal, or an error of a callback, that came during this step is heeded after the
-            # next, whose batch is being read already.
-            if saves and not is_last:
-                save()
-                if stop.signal is not None:
-                    raise RunInterrupted(
-                        f"{stop.signal.name} before step {learner.step_number} ended: a checkpoint "
-                        f"is in {folder.checkpoints}. Go on with resume=True (saefeat train "
-                        "--resume)."
-                    )
-                listeners.raise_error(
-                    f"A checkpoint of step {learner.step_number} is in {folder.checkpoints}: mend "
-                    "the callback or leave it out, and go on with resume=True"
-                )
-    bank = learner.finish()
-    with _saying_how_to_go_on("The trained dictionaries"):
-        folder.finish(bank)
-    listeners.end(bank)
-    listeners.raise_error(f"The run has ended, and its dictionaries are in {folder.path}")
-    return bank
-
-
-@contextmanager
-def _metrics_file(folder: RunFolder) -> Iterator[JSONLines]:
-    metrics = JSONLines(folder.metrics)
-    metrics.start({}, 0)
-    try:
-        yield metrics
-    finally:
-        metrics.end(None)
-
-
-def _is_logged(learner: BankLearner, n_tokens: int, log_every: int) -> bool:
-    is_last = learner.n_tokens_seen >= n_tokens
-    return is_last or (learner.step_number - 1) % log_every == 0
-
-
-def _records(
-    learner: BankLearner, measured: Mapping[Key, Mapping[str, Tensor | float]], started: float
-) -> Iterator[dict[str, Any]]:
-    """What was measured in the step just made: a record for each dictionary."""
-    position_now = {
-        "step": learner.step_number,
-        "n_tokens": learner.n_tokens_seen,
-        "wall_seconds": round(time.perf_counter() - started, 3),
+def _check_all_ask_the_same(description: Mapping[str, Any], ranks: distributed.Ranks) -> None:
+    """Refuse processes that were asked for different runs, before they train different things."""
+    asked = {
+        name: json.dumps(value)
+        for name, value in description.items()
+        if name not in ("torch", "threads", "notes")
     }
-    for key, terms in measured.items():
-        name = dict(zip(("hook_name", "expansion_factor", "seed"), key, strict=True))
-        yield {**position_now, **name, **{term: float(value) for term, value in terms.items()}}
-
-
-def _restored(
-    folder: RunFolder, learner: BankLearner, stream: ActivationStream, n_tokens: int
-) -> TrainingBatches:
-    """The batches to go on with, the learner set to its last checkpoint, if there is one."""
-    checkpoint = folder.last_checkpoint()
-    if checkpoint is None:
-        return stream.batches(n_tokens)
-    learner.restore(checkpoint.training)
-    return stream.batches(n_tokens, (checkpoint.stream, checkpoint.stream_rows))
-
-
-@contextmanager
-def _saying_how_to_go_on(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{what} could not be written ({error.strerror or error}). Checkpoints that were "
-            "written before are whole: go on from the last with resume=True",
-        ) from error
-
-
-def _with_bar(
-    batches: Iterable[Batch], n_tokens: int, n_done: int, progress: bool
-) -> Iterator[Batch]:
-    """The batches, counted on a progress bar once they have been used."""
-    with progress_bar(
-        total=n_tokens, initial=n_done, unit="tok", desc="training", shown=progress
-    ) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(len(next(iter(batch.values()))))
+    first = ranks.told(asked)
+    differing_here = [name for name, value in asked.items() if first[name] != value]
+    for rank, differing in enumerate(ranks.each(differing_here)):
+        if differing:
+            raise ValueError(
+                f"Process {rank} was asked for another run than the first: its {differing[0]} "
+                "differs. All call train with the same arguments and equal streams."
+            )
 
 
 def _described(key: Key, dictionary: Dictionary) -> dict[str, object]:
