@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saefeat.dictionaries.base import Dictionary, StepContext, peak_learning_rate
+from saefeat.dictionaries.base import Dictionary, StepContext
 from saefeat.kernels.dispatch import Kernels
 from saefeat.training.dead_latents import DeadLatents, patience_tokens
-from saefeat.training.schedules import learning_rate_factor
+from saefeat.training.schedules import learning_rate_factor, peak_learning_rate
 
 STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 16}
 """Steps between looks at results on which something in Python depends (which latents are dead,
