@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saefeat.core.html import table
+from saefeat.core.hub import OnHub
 from saefeat.kernels import stock
 from saefeat.kernels.codes import Codes
 from saefeat.kernels.dispatch import Kernels
@@ -103,7 +104,7 @@ class StepLoss:
     """What the reconstruction left over, detached, for restarting dead latents at it."""
 
 
-class Dictionary(nn.Module, ABC):
+class Dictionary(OnHub, nn.Module, ABC):
     """A sparse dictionary over the activations of one hook point.
 
     Weights are held latent by latent, `[d_sae, d_out]`, since every sparse product reads or
@@ -309,6 +310,12 @@ class Dictionary(nn.Module, ABC):
         from saefeat.dictionaries import sae_lens
 
         return sae_lens.save(self, Path(folder))
+
+    @classmethod
+    def _opened(cls, folder: Path) -> "Dictionary":
+        from saefeat.dictionaries.loading import load_dictionary
+
+        return load_dictionary(folder)
 
     def spliced(
         self,

@@ -16,7 +16,7 @@ from saefeat.kernels import stock
 from saefeat.kernels.codes import Codes
 
 Edit = Callable[[Tensor], Tensor] | Mapping[int, float]
-"""Gives codes `[n, d_sae]` for codes `[n, d_sae]`, or the value that each named latent is set to."""
+"""Gives codes `[n, d_sae]` for codes `[n, d_sae]`; or says what to set which latents to."""
 
 
 def spliced(

@@ -1,0 +1,42 @@
+"""One set of latents for four layers: which features persist through them, and which do not.
+
+Run: python examples/08_crosscoder.py (half a minute)
+"""
+
+import torch
+
+import saefeat as sf
+
+# 16 features persist through four layers of 32 neurons; 8 more are each layer's own.
+torch.manual_seed(0)
+N_PERSISTENT, N_OWN, LAYERS = 16, 8, [f"blocks.{i}.hook_resid_post" for i in range(4)]
+n_features = N_PERSISTENT + N_OWN * len(LAYERS)
+on = torch.rand(60_000, n_features) < 0.04
+codes = on * (0.5 + torch.rand(on.shape))
+rows = {}
+for i, layer in enumerate(LAYERS):
+    first_own = N_PERSISTENT + i * N_OWN
+    held = [*range(N_PERSISTENT), *range(first_own, first_own + N_OWN)]
+    directions = torch.nn.functional.normalize(torch.randn(len(held), 32), dim=1)
+    rows[layer] = codes[:, held] @ directions  # a feature's direction is another at every layer
+
+stream = sf.ActivationStream.from_tensors(rows, batch_size=512)
+bank = sf.train(
+    stream,
+    sf.CrosscoderConfig(k=2),
+    groups={"all": ["blocks.*"]},
+    expansion_factors=[2],
+    n_tokens=400_000,
+)
+report = sf.measure(bank, stream, n_tokens=5_000)
+print(report)
+print("\nFVU by layer:", {name: round(fvu, 3) for name, fvu in report.rows[0].fvu_by_hook.items()})
+
+# A layer holds a latent whose decoder there is a tenth of its longest, at least.
+crosscoder = bank["all", 2, 0]
+x = torch.cat([rows[layer] for layer in LAYERS], dim=1)[:5_000]
+alive = crosscoder.encode(x).firing_counts() > 20
+norms = crosscoder.hook_norms[alive].detach()
+n_layers = (norms > 0.1 * norms.amax(1, keepdim=True)).sum(1)
+print(f"latents that all four layers hold: {int((n_layers == 4).sum())} (true: {N_PERSISTENT})")
+print(f"latents that one layer holds: {int((n_layers == 1).sum())} (true: {4 * N_OWN})")
