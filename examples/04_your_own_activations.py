@@ -31,11 +31,11 @@ with torch.no_grad():
 handle.remove()
 
 stream = sf.ActivationStream.from_tensors({"hidden": torch.cat(kept)}, batch_size=512)
-bank = sf.train(stream, sf.BatchTopKConfig(k=3), expansion_factors=[1], n_tokens=300_000)
+bank = sf.train(stream, sf.BatchTopKConfig(k=3), expansion_factors=[2], n_tokens=300_000)
 print(sf.measure(bank, stream, n_tokens=6_000))
 
 # Is there a latent that says whether a bar is there?
-sae = bank["hidden", 1, 0]
+sae = bank["hidden", 2, 0]
 codes = sae.encode(torch.cat(kept)).to_dense()
 alive = codes[:, codes.std(0) > 0]
 correlations = torch.corrcoef(torch.cat([alive, bars.float()], dim=1).T)[: alive.shape[1], -16:]

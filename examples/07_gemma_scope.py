@@ -16,8 +16,7 @@ import saefeat as sf
 
 if sys.argv[1:] == ["hub"]:
     sae = sf.load_dictionary("gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical")
-    print(sae)
-    print(f"trained on {sae.origin.model_name}, reads {sae.hook_name}")
+    print(f"{sae.d_sae:,} latents of {sae.origin.model_name} at {sae.hook_name}")
     raise SystemExit
 
 # A JumpReLU dictionary, as Gemma Scope's are, of activations whose features are known.
@@ -39,6 +38,6 @@ sae = sf.load_dictionary(folder).with_origin(hook_name=stream.hooks[0])
 x = next(stream.held_out_batches(1_000))[sae.hook_name]
 codes, codes_as_trained = sae.encode(x), trained.encode(x)
 fvu = sf.metrics.fraction_variance_unexplained(x, sae.decode(codes))
-print(f"{sae}\nL0 {float(sf.metrics.l0(codes)):.2f}, FVU {float(fvu):.3f}")
+print(f"{sae.d_sae} latents: L0 {float(sf.metrics.l0(codes)):.2f}, FVU {float(fvu):.3f}")
 torch.testing.assert_close(codes.to_dense(), codes_as_trained.to_dense(), rtol=1e-4, atol=1e-4)
 print("The file opens with the codes that the dictionary had before it was written.")

@@ -13,12 +13,14 @@ N_PERSISTENT, N_OWN, LAYERS = 16, 8, [f"blocks.{i}.hook_resid_post" for i in ran
 n_features = N_PERSISTENT + N_OWN * len(LAYERS)
 on = torch.rand(60_000, n_features) < 0.04
 codes = on * (0.5 + torch.rand(on.shape))
-rows = {}
+rows, known = {}, torch.zeros(n_features, 4 * 32)
 for i, layer in enumerate(LAYERS):
     first_own = N_PERSISTENT + i * N_OWN
     held = [*range(N_PERSISTENT), *range(first_own, first_own + N_OWN)]
     directions = torch.nn.functional.normalize(torch.randn(len(held), 32), dim=1)
-    rows[layer] = codes[:, held] @ directions  # a feature's direction is another at every layer
+    # A feature that persists points elsewhere at every layer.
+    rows[layer] = codes[:, held] @ directions
+    known[held, i * 32 : (i + 1) * 32] = directions
 
 stream = sf.ActivationStream.from_tensors(rows, batch_size=512)
 bank = sf.train(
@@ -32,11 +34,13 @@ report = sf.measure(bank, stream, n_tokens=5_000)
 print(report)
 print("\nFVU by layer:", {name: round(fvu, 3) for name, fvu in report.rows[0].fvu_by_hook.items()})
 
-# A layer holds a latent whose decoder there is a tenth of its longest, at least.
+# Of the latents that match a known feature: how many layers hold them? A layer holds a latent
+# whose decoder there is a tenth of its longest, at least.
 crosscoder = bank["all", 2, 0]
-x = torch.cat([rows[layer] for layer in LAYERS], dim=1)[:5_000]
-alive = crosscoder.encode(x).firing_counts() > 20
-norms = crosscoder.hook_norms[alive].detach()
+match = sf.metrics.match_features(crosscoder.W_dec.detach(), known)
+norms = crosscoder.hook_norms.detach()
 n_layers = (norms > 0.1 * norms.amax(1, keepdim=True)).sum(1)
-print(f"latents that all four layers hold: {int((n_layers == 4).sum())} (true: {N_PERSISTENT})")
-print(f"latents that one layer holds: {int((n_layers == 1).sum())} (true: {4 * N_OWN})")
+for name, persists, n_true, n_held in (("persistent", True, 16, 4), ("one layer's own", False, 32, 1)):
+    found = match.latents[(match.cosines > 0.9) & ((match.features < N_PERSISTENT) == persists)]
+    right = int((n_layers[found] == n_held).sum())
+    print(f"{name}: {len(found)} of {n_true} found, {right} of them held by {n_held} of 4 layers")
