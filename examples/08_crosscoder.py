@@ -11,7 +11,7 @@ import saefeat as sf
 torch.manual_seed(0)
 N_PERSISTENT, N_OWN, LAYERS = 16, 8, [f"blocks.{i}.hook_resid_post" for i in range(4)]
 n_features = N_PERSISTENT + N_OWN * len(LAYERS)
-on = torch.rand(60_000, n_features) < 0.04
+on = torch.rand(60_000, n_features) < 0.06
 codes = on * (0.5 + torch.rand(on.shape))
 rows, known = {}, torch.zeros(n_features, 4 * 32)
 for i, layer in enumerate(LAYERS):
@@ -25,10 +25,10 @@ for i, layer in enumerate(LAYERS):
 stream = sf.ActivationStream.from_tensors(rows, batch_size=512)
 bank = sf.train(
     stream,
-    sf.CrosscoderConfig(k=2),
+    sf.CrosscoderConfig(k=3),
     groups={"all": ["blocks.*"]},
     expansion_factors=[2],
-    n_tokens=400_000,
+    n_tokens=600_000,
 )
 report = sf.measure(bank, stream, n_tokens=5_000)
 print(report)
