@@ -40,7 +40,13 @@ crosscoder = bank["all", 2, 0]
 match = sf.metrics.match_features(crosscoder.W_dec.detach(), known)
 norms = crosscoder.hook_norms.detach()
 n_layers = (norms > 0.1 * norms.amax(1, keepdim=True)).sum(1)
-for name, persists, n_true, n_held in (("persistent", True, 16, 4), ("one layer's own", False, 32, 1)):
-    found = match.latents[(match.cosines > 0.9) & ((match.features < N_PERSISTENT) == persists)]
+for name, is_kind, n_held in (
+    ("persist", match.features < N_PERSISTENT, 4),
+    ("are one layer's own", match.features >= N_PERSISTENT, 1),
+):
+    found = match.latents[is_kind & (match.cosines > 0.9)]
     right = int((n_layers[found] == n_held).sum())
-    print(f"{name}: {len(found)} of {n_true} found, {right} of them held by {n_held} of 4 layers")
+    print(
+        f"features that {name}: {len(found)} of {int(is_kind.sum())} found, "
+        f"{right} of them in a latent of {n_held} of 4 layers"
+    )

@@ -23,10 +23,7 @@ class LocalHub(ThreadingHTTPServer):
         self.made: dict[str, object] = {}
         self.messages: list[str] = []
         self.files: dict[str, bytes] = {}
-
-    @property
-    def commit(self) -> str:
-        return hashlib.sha1(repr(sorted(self.files.items())).encode()).hexdigest()
+        self.commit = "0" * 40
 
 
 @contextmanager
@@ -60,6 +57,7 @@ class _Answers(BaseHTTPRequestHandler):
                     else:
                         content = base64.b64decode(line["value"]["content"])
                         hub.files[line["value"]["path"]] = content
+                hub.commit = hashlib.sha1(body).hexdigest()
                 url = f"{hub.url}/{hub.repo_id}/commit/{hub.commit}"
                 self._answer({"success": True, "commitOid": hub.commit, "commitUrl": url})
             case _:

@@ -1,13 +1,12 @@
 """Dictionaries on the hub, as huggingface_hub's own client puts them there and gets them back."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
-from local_hub import LocalHub, local_hub
+from local_hub import LocalHub
 
 import saefeat as sf
 from saefeat.dictionaries.base import Dictionary, Origin
@@ -15,20 +14,6 @@ from saefeat.dictionaries.batch_topk import BatchTopK
 from saefeat.dictionaries.topk import TopK
 
 HOOK = "blocks.1.hook_resid_post"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
-    constants = huggingface_hub.constants
-    with local_hub() as server:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants._HF_DEFAULT_ENDPOINT, server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", "hf_anything")
-        monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        yield server
 
 
 @pytest.fixture
