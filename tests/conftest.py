@@ -5,6 +5,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from jaxtyping import install_import_hook
+from local_hub import LocalHub, local_hub
 
 # Before anything of saefeat is imported, so that each annotated shape is checked as it runs.
 install_import_hook("saefeat", "shape_checker.check")
@@ -37,3 +40,19 @@ def smollm2():
     import saefeat as sf
 
     return sf.load_model("smollm2-135m")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+    """A server in the place of the Hugging Face hub, and a cache of its own."""
+    import huggingface_hub
+
+    constants = huggingface_hub.constants
+    with local_hub() as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", "hf_anything")
+        yield server

@@ -7,14 +7,13 @@ import pytest
 import torch
 
 import saefeat as sf
-from saefeat.dictionaries.base import peak_learning_rate
 from saefeat.dictionaries.topk import TopK
 from saefeat.kernels import stock
 from saefeat.kernels.dispatch import BACKENDS
 from saefeat.training.bank_learner import BankLearner
 from saefeat.training.dead_latents import DeadLatents, patience_tokens
 from saefeat.training.normalisation import ActivationScale, geometric_median
-from saefeat.training.schedules import learning_rate_factor
+from saefeat.training.schedules import learning_rate_factor, peak_learning_rate
 
 
 def sparse_data(n: int, d: int, n_features: int, seed: int = 0) -> torch.Tensor:

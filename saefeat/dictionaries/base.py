@@ -6,19 +6,24 @@ reconstructed (d_in again, but for transcoders), d_sae latents, nnz stored entri
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saefeat.core.distributed import ALONE, Ranks
 from saefeat.core.html import table
+from saefeat.core.hub import OnHub
 from saefeat.kernels import stock
 from saefeat.kernels.codes import Codes
 from saefeat.kernels.dispatch import Kernels
+
+if TYPE_CHECKING:
+    from saefeat.dictionaries.splicing import Edit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,9 +31,9 @@ class DictionaryConfig:
     """The recipe that every kind of dictionary shares; each kind adds its own fields."""
 
     learning_rate: float | None = None
-    """Peak learning rate of Adam. None: by width and steps, see `peak_learning_rate`."""
+    """Peak learning rate of Adam. None: by width and steps, see `training.schedules`."""
     short_run_rate: float = 4e-3
-    """What None means in a run of up to 1,000 steps of 2,048 tokens; see `peak_learning_rate`."""
+    """What None means in a run of up to 1,000 steps of 2,048 tokens; see `training.schedules`."""
     warmup_fraction: float = 0.05
     """Share of the steps over which the learning rate rises from 0, 1,000 steps at most."""
     decay_fraction: float = 0.2
@@ -123,7 +128,7 @@ class StepLoss:
     """What the reconstruction left over, detached, for restarting dead latents at it."""
 
 
-class Dictionary(nn.Module, ABC):
+class Dictionary(OnHub, nn.Module, ABC):
     """A sparse dictionary over the activations of one hook point.
 
     Weights are held latent by latent, `[d_sae, d_out]`, since every sparse product reads or
@@ -330,6 +335,59 @@ class Dictionary(nn.Module, ABC):
 
         return sae_lens.save(self, Path(folder))
 
+    @classmethod
+    def _opened(cls, folder: Path) -> "Dictionary":
+        from saefeat.dictionaries.loading import load_dictionary
+
+        return load_dictionary(folder)
+
+    def spliced(
+        self,
+        model: Any,
+        *,
+        edit: "Edit | None" = None,
+        keep_error: bool = False,
+        positions: Bool[Tensor, "b s"] | None = None,
+        max_norm_ratio: float | None = 10.0,
+    ) -> AbstractContextManager[None]:
+        """While it is open, every forward of `model` goes on with this reconstruction.
+
+            with sae.spliced(model, edit={17: 8.0}, keep_error=True):
+                logits = model(ids)
+
+        The rows at `hook_name` are replaced by `decode(edit(encode(x)))`; a transcoder replaces
+        those at its target. Gradients flow through, also through the edit. Dictionaries at
+        several hooks can be open at once. Hooks are taken off at the end, whatever happens.
+
+        Args:
+            model: A TransformerLens model (HookedTransformer, TransformerBridge, ...), the
+                dictionary being on any device.
+            edit: A function of the codes, dense `[n, d_sae]` (a latent that is off is a zero
+                that can be set), which may change them in place and returns them; or
+                `{latent: value}`, which sets latents at every row: 0 ablates, more steers.
+            keep_error: Adds what the dictionary does not explain, `x - decode(encode(x))`, so
+                that only the edit changes the model and nothing does without one.
+            positions: Which positions of a forward are replaced; None for all. Pass
+                `tokens.counts` to spare what was left out of training, BOS above all.
+            max_norm_ratio: Rows whose norm is above this many times the median of the forward
+                are spared too, as in training (attention sinks); None replaces them.
+
+        Raises:
+            ValueError: This is a crosscoder, the model lacks its hook, or an edit names a latent
+                that it lacks; in a forward, the hook has another width, the edit returns another
+                shape, or `positions` does not fit.
+        """
+        from saefeat.dictionaries.splicing import spliced
+
+        return spliced(
+            self,
+            model,
+            edit=edit,
+            keep_error=keep_error,
+            positions=positions,
+            max_norm_ratio=max_norm_ratio,
+        )
+
     def with_origin(self, **changes: object) -> "Dictionary":
         """This dictionary, its origin changed in place."""
         self.origin = replace(self.origin, **changes)  # type: ignore[arg-type]
@@ -364,27 +422,3 @@ def random_unit_rows(n: int, d: int, generator: torch.Generator) -> Float[Tensor
     """Directions drawn evenly from the sphere."""
     rows = torch.randn(n, d, generator=generator)
     return torch.nn.functional.normalize(rows, dim=1)
-
-
-def peak_learning_rate(
-    config: DictionaryConfig, d_sae: int, n_steps: int, batch_size: float
-) -> float:
-    """The learning rate of `config`, or the default for this width, number of steps and batch.
-
-        long runs   2e-4 / sqrt(d_sae / 2^14)      (Gao et al. 2024, as dictionary_learning has it)
-        short runs  rate * sqrt(1000 / n_steps), at most rate,
-                    rate = short_run_rate * sqrt(batch_size / 2048), from 4e-3 to short_run_rate
-
-    whichever is larger. Adam moves a weight by about its rate a step, so a run of a thousand
-    steps at the long rate ends before its weights have gone anywhere: on SmolLM2 (layer 15,
-    1,152 latents, 0.8M tokens) TopK's FVU was .219, .196 and .182 at 1e-3, 2e-3 and 4e-3. What a
-    kind bears beyond that it bears in large batches alone: with 512 tokens (2,304 latents, 287
-    steps) TopK at 8e-3 lost 43 % of its latents, at 4e-3 12 %, at equal FVU.
-    """
-    if config.learning_rate is not None:
-        return config.learning_rate
-    long = 2e-4 / (d_sae / 2**14) ** 0.5
-    most = config.short_run_rate
-    rate = min(most, max(4e-3, most * (batch_size / 2048) ** 0.5))
-    short = rate * min(1.0, (1000 / n_steps) ** 0.5)
-    return float(max(long, short))

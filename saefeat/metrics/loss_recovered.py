@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saefeat.activations.hooks import replaced_activations
+from saefeat.activations.replacing import replaced_rows
 from saefeat.activations.tokens import Tokens
 from saefeat.core.distributed import ALONE, Ranks
 
@@ -82,8 +81,14 @@ class CrossEntropy:
         """
 
         def splice(counts: Bool[Tensor, "b s"]) -> AbstractContextManager[None]:
-            replace = partial(self._replace, counts=counts, replacement=replacement)
-            return replaced_activations(self.model, hook_name, replace, source)
+            return replaced_rows(
+                self.model,
+                hook_name,
+                lambda _, rows: replacement(rows.cpu().float()),
+                source=source,
+                positions=counts,
+                max_norm_ratio=self.max_norm_ratio,
+            )
 
         return self._mean(splice)
 
@@ -102,21 +107,6 @@ class CrossEntropy:
         if n_losses == 0:
             raise ValueError("CE is undefined: no position has a next token.")
         return loss_sum / n_losses
-
-    def _replace(
-        self,
-        activations: Float[Tensor, "b s d"],
-        source: Float[Tensor, "b s d_in"],
-        counts: Bool[Tensor, "b s"],
-        replacement: Replacement,
-    ) -> Float[Tensor, "b s d"]:
-        chosen = counts.to(activations.device)
-        if self.max_norm_ratio is not None:
-            norms = source.float().norm(dim=-1)
-            chosen = chosen & (norms <= self.max_norm_ratio * norms[chosen].median())
-        out = activations.clone()
-        out[chosen] = replacement(source[chosen].cpu().float()).to(activations)
-        return out
 
     @torch.no_grad()
     def _forward(self, batch: slice) -> tuple[float, int]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from saefeat.activations.hook_names import natural_order
+from saefeat.core.hub import OnHub
 from saefeat.dictionaries.base import Dictionary
 from saefeat.dictionaries.loading import holds_dictionary, load_dictionary
 
@@ -11,7 +12,7 @@ Key = tuple[str, float, int]
 """`(hook_name, expansion_factor, seed)`."""
 
 
-class Bank(Mapping[Key, Dictionary]):
+class Bank(OnHub, Mapping[Key, Dictionary]):
     """Trained dictionaries by `(hook_name, expansion_factor, seed)`, in the order of training."""
 
     def __init__(self, dictionaries: Mapping[Key, Dictionary]) -> None:
@@ -77,6 +78,10 @@ class Bank(Mapping[Key, Dictionary]):
                 "A run writes them when it ends: was it interrupted?"
             )
         return cls({_key(one): one for one in loaded})
+
+    @classmethod
+    def _opened(cls, folder: Path) -> "Bank":
+        return cls.load(folder)
 
 
 def _key(dictionary: Dictionary) -> Key:

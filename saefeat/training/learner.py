@@ -7,11 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saefeat.core.distributed import ALONE, Ranks
-from saefeat.dictionaries.base import Dictionary, StepContext, peak_learning_rate
+from saefeat.dictionaries.base import Dictionary, StepContext
 from saefeat.kernels.codes import Codes
 from saefeat.kernels.dispatch import Kernels
 from saefeat.training.dead_latents import DeadLatents, patience_tokens
-from saefeat.training.schedules import learning_rate_factor
+from saefeat.training.schedules import learning_rate_factor, peak_learning_rate
 
 STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 16}
 """Steps between looks at results on which something in Python depends (which latents are dead,

@@ -1,10 +1,10 @@
 """Several processes train one bank, one for each GPU; without a GPU, processes on the processor.
 
-    torchrun --nproc-per-node 2 examples/10_many_gpus.py
-    torchrun --nproc-per-node 2 examples/10_many_gpus.py bank
+    torchrun --nproc-per-node 2 examples/12_many_gpus.py
+    torchrun --nproc-per-node 2 examples/12_many_gpus.py bank
 
 The first divides every batch, the second the dictionaries. Both end with the bank of one process
-(`python examples/10_many_gpus.py`): by batches up to the order of sums, by dictionaries to the bit.
+(`python examples/12_many_gpus.py`): by batches up to the order of sums, by dictionaries to the bit.
 """
 
 import sys

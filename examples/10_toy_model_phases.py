@@ -2,7 +2,7 @@
 
 After Elhage et al. 2022, "Toy Models of Superposition". All models are trained at once.
 
-Run: python examples/03_toy_model_phases.py (a few seconds; draws toy_model_phases.png)
+Run: python examples/10_toy_model_phases.py (a few seconds; draws toy_model_phases.png)
 """
 
 from pathlib import Path

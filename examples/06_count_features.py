@@ -1,6 +1,6 @@
 """Counts the features of a layer in which they are known, and sees what was found.
 
-Run: python examples/04_count_features.py (half a minute)
+Run: python examples/06_count_features.py (half a minute)
 """
 
 import saefeat as sf
