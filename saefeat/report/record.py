@@ -17,6 +17,7 @@ from saefeat.core.files import (
     write_tensors,
 )
 from saefeat.core.html import table
+from saefeat.report.feature_views import FeatureViews, read_views, write_views
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -84,6 +85,11 @@ class Row:
     """How a crosscoder's latents that fired lie over its hooks; see `metrics.layers`."""
 
     @property
+    def label(self) -> str:
+        """What it is called in files."""
+        return label(self.hook_name, self.expansion_factor, self.seed)
+
+    @property
     def cells(self) -> list[str]:
         """What a table says of it, in the order of `COLUMNS`."""
         recovered = self.ce_loss_recovered
@@ -117,6 +123,9 @@ class Layer:
     """Sum over latents of p ln(1/p), per neuron, p being the density."""
     identifiable: bool | None
     """Whether the features can be told apart at this load; None where the method cannot tell."""
+    width_curve: list[dict[str, int]] = field(default_factory=list)
+    """`n_features` that a count found with dictionaries of `d_sae` atoms; empty where there is no
+    count."""
 
     def __str__(self) -> str:
         low, high = self.n_features["low"], self.n_features["high"]
@@ -147,6 +156,10 @@ class Report:
     """`clean` loss in nats per token, the `ablation`, and the `n_tokens` it was measured on."""
     densities: dict[str, Tensor] = field(default_factory=dict)
     """Density of every latent [d_sae], by `<hook_name>/x<expansion_factor>-seed<seed>`."""
+    views: dict[str, FeatureViews] = field(default_factory=dict)
+    """What the page shows of single latents, by the same names."""
+    token_texts: dict[int, str] = field(default_factory=dict)
+    """Text of the tokens that it shows; empty where no model was given."""
 
     def __str__(self) -> str:
         header = table_line(list(COLUMNS), COLUMNS)
@@ -211,7 +224,11 @@ class Report:
         return lines
 
     def save(self, folder: str | Path) -> Path:
-        """Write `report.json`, `features.safetensors` and `density.png` into a new folder.
+        """Write the report into a new folder.
+
+        Files are `report.json`, `features.safetensors` (densities), `density.png`, the page
+        `report.html`, and, where single latents are shown, `feature_views.safetensors` and
+        `tokens.json`.
 
         Raises:
             FileExistsError: The folder already holds files.
@@ -220,18 +237,29 @@ class Report:
 
         folder = claim_folder(folder, what="report")
         write_tensors(folder / "features.safetensors", self.densities)
+        if self.views:
+            write_views(folder, self.views, self.token_texts)
         write_bytes(folder / "density.png", png_bytes(density_histograms(self)))
-        # Last, so that a folder with a report.json is a whole one.
+        # After these, so that a folder with a report.json is one that loads.
         write_json(folder / "report.json", self.to_dict())
+        self.save_page(folder)
         return folder
 
+    def save_page(self, folder: str | Path) -> Path:
+        """Write `report.html`, one file with all of the report, over an older one."""
+        from saefeat.report.page.render import render
+
+        path = Path(folder) / "report.html"
+        write_bytes(path, render(self).encode())
+        return path
+
     def to_dict(self) -> dict[str, Any]:
-        """All but the densities, ready for JSON: what is in `report.json`."""
-        facts = {
-            name: value for name, value in vars(self).items() if name not in ("rows", "densities")
-        }
+        """All but the tensors and token texts, ready for JSON: what is in `report.json`."""
+        tensors = ("densities", "views", "token_texts")
+        facts = {name: value for name, value in vars(self).items() if name not in tensors}
         facts["layers"] = [asdict(layer) for layer in self.layers]
         facts["rows"] = [asdict(row) for row in self.rows]
+        facts["n_shown"] = {name: len(views.latents) for name, views in self.views.items()}
         return facts
 
     @classmethod
@@ -252,7 +280,17 @@ class Report:
             rows = [Row(**row) for row in facts.pop("rows")]
             layers = [Layer(**layer) for layer in facts.pop("layers")]
             densities = read_tensors(folder / "features.safetensors")
-            return cls(rows=rows, layers=layers, densities=densities, **facts)
+            n_shown = facts.pop("n_shown", {})
+            d_sae = {name: len(density) for name, density in densities.items()}
+            views, texts = read_views(folder, n_shown, d_sae) if n_shown else ({}, {})
+            return cls(
+                rows=rows,
+                layers=layers,
+                densities=densities,
+                views=views,
+                token_texts=texts,
+                **facts,
+            )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{folder / 'report.json'} is not a report of this version ({error})."
@@ -263,6 +301,11 @@ def table_line(cells: Sequence[str], columns: Mapping[str, int]) -> str:
     """A line of a text table whose columns are so wide; the first is set to the left."""
     first, *others = zip(cells, columns.values(), strict=True)
     return f"{first[0]:<{first[1]}} " + " ".join(f"{cell:>{width}}" for cell, width in others)
+
+
+def label(hook_name: str, expansion_factor: float, seed: int) -> str:
+    """What a dictionary is called in the files of a report."""
+    return f"{hook_name}/x{expansion_factor:g}-seed{seed}"
 
 
 def layer_number(hook_name: str) -> int | None:

@@ -1,0 +1,139 @@
+"""What a report shows of single latents, and the files that it is kept in.
+
+Shape letters: m latents that are shown, b bins, k contexts, w tokens in a window, j neighbours,
+t promoted tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saefeat.core.files import read_json, read_tensors, write_json, write_tensors
+from saefeat.metrics.contexts import NO_TOKEN
+
+TENSORS, TEXTS = "feature_views.safetensors", "tokens.json"
+"""The files, beside `report.json`."""
+LOWEST_LOG2, BINS_PER_OCTAVE, N_BINS = -8, 2, 48
+"""Bins of activations: half octaves from 2^-8 up to 2^16; the outer ones take what lies beyond."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class FeatureViews:
+    """Some latents of one dictionary, the most frequent first."""
+
+    latents: Int[Tensor, " m"]
+    """Their numbers."""
+    densities: Float[Tensor, " m"]
+    """Share of the tokens that each is on for."""
+    means: Float[Tensor, " m"]
+    """Mean activation where it is on."""
+    highest: Float[Tensor, " m"]
+    """Highest activation."""
+    histogram: Int[Tensor, "m b"]
+    """Tokens by activation, where it is on; see `N_BINS`."""
+    tokens: Int[Tensor, "k m w"]
+    """Ids of the tokens around the highest activations, `NO_TOKEN` where there is none.
+    k is 0 where activations have no tokens."""
+    activations: Float[Tensor, "k m w"]
+    """The activation at each of them."""
+    neighbours: Int[Tensor, "m j"]
+    """Latents whose decoder rows are nearest."""
+    cosines: Float[Tensor, "m j"]
+    """And their cosines."""
+    promoted: Int[Tensor, "m t"]
+    """Ids of the tokens that it promotes; t is 0 where that cannot be told."""
+    logits: Float[Tensor, "m t"]
+    """And by how much; see `metrics.unembedding`."""
+
+    @property
+    def token_ids(self) -> set[int]:
+        """All tokens that are shown."""
+        return {*self.tokens.unique().tolist(), *self.promoted.unique().tolist()} - {NO_TOKEN}
+
+
+def write_views(
+    folder: Path, views: Mapping[str, FeatureViews], token_texts: Mapping[int, str]
+) -> None:
+    """Write what is shown of each dictionary, and the text of the tokens."""
+    write_tensors(
+        folder / TENSORS,
+        {
+            f"{name}/{field.name}": getattr(one, field.name)
+            for name, one in views.items()
+            for field in fields(one)
+        },
+    )
+    write_json(folder / TEXTS, {str(number): text for number, text in token_texts.items()})
+
+
+def read_views(
+    folder: Path, n_shown: Mapping[str, int], d_sae: Mapping[str, int]
+) -> tuple[dict[str, FeatureViews], dict[int, str]]:
+    """What `write_views` wrote.
+
+    Args:
+        folder: Where the files are.
+        n_shown: How many latents of each dictionary the report says are shown.
+        d_sae: How many each has.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged, or does not belong to the report.
+    """
+    tensors = read_tensors(folder / TENSORS)
+    names = [field.name for field in fields(FeatureViews)]
+    expected = {f"{label}/{name}" for label in n_shown for name in names}
+    if set(tensors) != expected or not set(n_shown) <= set(d_sae):
+        raise ValueError(
+            f"{folder / TENSORS} does not hold the dictionaries that report.json lists, or not all "
+            "that is shown of them. Are the files of one report?"
+        )
+    views = {
+        label: FeatureViews(**{name: tensors[f"{label}/{name}"] for name in names})
+        for label in n_shown
+    }
+    for label, one in views.items():
+        fault = _fault(one, n_shown[label], d_sae[label])
+        if fault:
+            raise ValueError(f"{folder / TENSORS} is damaged: of {label}, {fault}.")
+    texts = read_json(folder / TEXTS)
+    if not isinstance(texts, dict) or not all(
+        key.isdecimal() and isinstance(text, str) for key, text in texts.items()
+    ):
+        raise ValueError(f"{folder / TEXTS} is damaged: it does not map numbers to texts.")
+    return views, {int(key): text for key, text in texts.items()}
+
+
+def _fault(views: FeatureViews, m: int, d_sae: int) -> str | None:
+    """What is wrong with tensors that a file held; None where nothing is."""
+    k, w = views.tokens.shape[0], views.tokens.shape[-1]
+    shapes = {
+        **dict.fromkeys(("latents", "densities", "means", "highest"), (m,)),
+        "histogram": (m, N_BINS),
+        **dict.fromkeys(("tokens", "activations"), (k, m, w)),
+        **dict.fromkeys(("neighbours", "cosines"), (m, views.neighbours.shape[-1])),
+        **dict.fromkeys(("promoted", "logits"), (m, views.promoted.shape[-1])),
+    }
+    whole = ("latents", "histogram", "tokens", "neighbours", "promoted")
+    for name, shape in shapes.items():
+        tensor: Tensor = getattr(views, name)
+        dtype = torch.int32 if name in whole else torch.float32
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            return f"{name} is {tensor.dtype} {list(tensor.shape)} and not {dtype} {list(shape)}"
+        if not tensor.isfinite().all():
+            return f"{name} holds NaN or infinity"
+    for name, lowest, limit in (
+        ("latents", 0, d_sae),
+        ("neighbours", 0, d_sae),
+        ("tokens", NO_TOKEN, None),
+        ("promoted", 0, None),
+        ("histogram", 0, None),
+    ):
+        tensor = getattr(views, name)
+        if (tensor < lowest).any() or (limit is not None and (tensor >= limit).any()):
+            return f"{name} holds numbers out of range"
+    return None
