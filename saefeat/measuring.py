@@ -25,6 +25,7 @@ def measure_run(
     ce_tokens: int = 4096,
     ablation: str = "zero",
     counts: int | None = None,
+    features: int = 200,
     device: str = "auto",
     progress: bool = True,
 ) -> tuple[Report, Path]:
@@ -40,6 +41,7 @@ def measure_run(
         ce_tokens: Tokens for the loss recovered; 0 leaves it out, as a store does.
         ablation: As for `measure`.
         counts: Rows to count the features of every hook on; None counts nothing.
+        features: As for `measure`.
         device: Of the language model and of counting.
         progress: Whether to draw progress bars on standard error.
 
@@ -81,6 +83,7 @@ def measure_run(
         ce_tokens=ce_tokens or 1,
         ablation=ablation,
         counts=counted,
+        features=features,
         progress=progress,
     )
     return report, report.save(out)

@@ -110,13 +110,14 @@ def read_views(
 
 def _fault(views: FeatureViews, m: int, d_sae: int) -> str | None:
     """What is wrong with tensors that a file held; None where nothing is."""
-    k, w = views.tokens.shape[0], views.tokens.shape[-1]
+    k, _, w = views.tokens.shape if views.tokens.ndim == 3 else (0, 0, 0)
+    j, t = (one.shape[-1] if one.ndim else 0 for one in (views.neighbours, views.promoted))
     shapes = {
         **dict.fromkeys(("latents", "densities", "means", "highest"), (m,)),
         "histogram": (m, N_BINS),
         **dict.fromkeys(("tokens", "activations"), (k, m, w)),
-        **dict.fromkeys(("neighbours", "cosines"), (m, views.neighbours.shape[-1])),
-        **dict.fromkeys(("promoted", "logits"), (m, views.promoted.shape[-1])),
+        **dict.fromkeys(("neighbours", "cosines"), (m, j)),
+        **dict.fromkeys(("promoted", "logits"), (m, t)),
     }
     whole = ("latents", "histogram", "tokens", "neighbours", "promoted")
     for name, shape in shapes.items():

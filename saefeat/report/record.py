@@ -270,11 +270,7 @@ class Report:
             FileNotFoundError: The folder holds no report.
             ValueError: A file is damaged, or of another version.
         """
-        folder = Path(folder)
-        if not (folder / "report.json").is_file() and (folder / "report/report.json").is_file():
-            folder = folder / "report"
-        if not (folder / "report.json").is_file():
-            raise FileNotFoundError(f"{folder} holds no report: report.json is missing.")
+        folder = report_folder(folder)
         facts = read_json(folder / "report.json")
         try:
             rows = [Row(**row) for row in facts.pop("rows")]
@@ -295,6 +291,19 @@ class Report:
             raise ValueError(
                 f"{folder / 'report.json'} is not a report of this version ({error})."
             ) from error
+
+
+def report_folder(folder: str | Path) -> Path:
+    """The folder that a report is in: this one, or `report` in that of a run.
+
+    Raises:
+        FileNotFoundError: Neither holds a report.
+    """
+    folder = Path(folder)
+    for place in (folder, folder / "report"):
+        if (place / "report.json").is_file():
+            return place
+    raise FileNotFoundError(f"{folder} holds no report: report.json is missing.")
 
 
 def table_line(cells: Sequence[str], columns: Mapping[str, int]) -> str:

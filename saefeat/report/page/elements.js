@@ -18,7 +18,7 @@ function drawn(name, attributes = {}, ...children) {
 }
 
 function number(value, digits = 3) {
-  if (value === null || value === undefined) return "–";
+  if (!Number.isFinite(value)) return "–";
   if (Math.abs(value) >= 1000) return Math.round(value).toLocaleString("en");
   return String(Number(value.toPrecision(digits)));
 }

@@ -4,9 +4,18 @@
 const FINEST = 255;
 const ROWS_AT_ONCE = 200;
 const ARRAYS = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, f4: Float32Array };
-const shownDictionaries = data.dictionaries.filter((row) => row.views !== null && row.views.n_shown);
+const shownDictionaries = data.dictionaries.filter(
+  (row) => row.views !== null && row.views.n_shown,
+);
 const byId = (id) => document.getElementById(id);
-const state = { dictionary: null, features: [], ordered: [], column: "density", descending: true, limit: ROWS_AT_ONCE };
+const state = {
+  dictionary: null,
+  features: [],
+  ordered: [],
+  column: "density",
+  descending: true,
+  limit: ROWS_AT_ONCE,
+};
 
 function decoded([kind, text]) {
   const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
@@ -19,21 +28,44 @@ function visible(token) {
   return text === undefined ? "·" : text.replace(/\n/g, "↵").replace(/\t/g, "⇥");
 }
 
+// As `visible`, of a token on its own: one of spaces alone would be seen nowhere.
+function named(token) {
+  const text = visible(token);
+  return text.trim() ? text : text.replace(/ /g, "␣");
+}
+
 function featuresOf(row) {
   const { n_contexts: k, window: w, n_shown: m } = row.views;
-  const arrays = Object.fromEntries(Object.entries(row.views).filter(([, value]) => Array.isArray(value)).map(([name, value]) => [name, decoded(value)]));
-  const part = (name, i) => arrays[name].subarray((i * arrays[name].length) / m, ((i + 1) * arrays[name].length) / m);
+  const arrays = Object.fromEntries(
+    Object.entries(row.views)
+      .filter(([, value]) => Array.isArray(value))
+      .map(([name, value]) => [name, decoded(value)]),
+  );
+  const part = (name, i) =>
+    arrays[name].subarray((i * arrays[name].length) / m, ((i + 1) * arrays[name].length) / m);
   return Array.from({ length: m }, (_, i) => {
     const [tokens, shares] = [part("tokens", i), part("shares", i)];
-    const contexts = Array.from({ length: k }, (_, c) => ({ tokens: tokens.subarray(c * w, (c + 1) * w), shares: shares.subarray(c * w, (c + 1) * w) }))
-      .filter((one) => one.tokens.some((token) => token < data.vocabulary.length));
-    const peaks = contexts.map((one) => visible(one.tokens[one.shares.indexOf(Math.max(...one.shares))]));
+    const contexts = Array.from({ length: k }, (_, c) => ({
+      tokens: tokens.subarray(c * w, (c + 1) * w),
+      shares: shares.subarray(c * w, (c + 1) * w),
+    })).filter((one) => one.tokens.some((token) => token < data.vocabulary.length));
+    const peaks = contexts.map((one) =>
+      named(one.tokens[one.shares.indexOf(Math.max(...one.shares))]),
+    );
     const promoted = [...part("promoted", i)];
     return {
-      latent: arrays.latents[i], density: arrays.densities[i], mean: arrays.means[i], highest: arrays.highest[i],
-      histogram: part("histogram", i), contexts, promoted, logits: part("logits", i),
-      neighbours: part("neighbours", i), cosines: part("cosines", i),
-      peaks: [...new Set(peaks)].join(" "), promotes: promoted.slice(0, 4).map(visible).join(" "),
+      latent: arrays.latents[i],
+      density: arrays.densities[i],
+      mean: arrays.means[i],
+      highest: arrays.highest[i],
+      histogram: part("histogram", i),
+      contexts,
+      promoted,
+      logits: part("logits", i),
+      neighbours: part("neighbours", i),
+      cosines: part("cosines", i),
+      peaks: [...new Set(peaks)].join(" "),
+      promotes: promoted.slice(0, 4).map(named).join(" "),
     };
   });
 }
@@ -46,37 +78,58 @@ const COLUMNS = [
   ["peaks", "Peaks at", (f) => f.peaks],
   ["promotes", "Promotes", (f) => f.promotes],
 ];
+// Activations without tokens have nothing to say in columns of tokens.
+const columns = () =>
+  COLUMNS.filter(([column]) => !isText(column) || state.features.some((f) => f[column]));
 const isText = (column) => column === "peaks" || column === "promotes";
-const addressOf = (row, latent) => `#${row.address.split("/").map(encodeURIComponent).join("/")}/feature${latent}`;
+const addressOf = (row, latent) =>
+  `#${row.address.split("/").map(encodeURIComponent).join("/")}/feature${latent}`;
 
 function drawHead() {
   byId("feature-table").tHead.rows[0].replaceChildren(
-    ...COLUMNS.map(([column, title]) => {
+    ...columns().map(([column, title]) => {
       const button = element("button", { type: "button" }, title);
       button.addEventListener("click", () => {
-        state.descending = state.column === column ? !state.descending : !isText(column) && column !== "latent";
+        state.descending =
+          state.column === column ? !state.descending : !isText(column) && column !== "latent";
         state.column = column;
         drawTable();
       });
-      return element("th", { scope: "col", "data-column": column, class: isText(column) ? "words" : "" }, button);
+      return element(
+        "th",
+        { scope: "col", "data-column": column, class: isText(column) ? "words" : "" },
+        button,
+      );
     }),
   );
 }
 
 function drawTable() {
   const wanted = byId("filter").value.toLowerCase();
-  const matches = (f) => !wanted || String(f.latent) === wanted || `${f.peaks} ${f.promotes}`.toLowerCase().includes(wanted);
+  const matches = (f) =>
+    !wanted ||
+    String(f.latent) === wanted ||
+    `${f.peaks} ${f.promotes}`.toLowerCase().includes(wanted);
   const { column, descending } = state;
-  const order = isText(column) ? (a, b) => a[column].localeCompare(b[column]) : (a, b) => a[column] - b[column];
-  state.ordered = state.features.filter(matches).sort((a, b) => (descending ? -order(a, b) : order(a, b)));
+  const order = isText(column)
+    ? (a, b) => a[column].localeCompare(b[column])
+    : (a, b) => a[column] - b[column];
+  state.ordered = state.features
+    .filter(matches)
+    .sort((a, b) => (descending ? -order(a, b) : order(a, b)));
   for (const th of byId("feature-table").tHead.rows[0].cells) {
-    if (th.dataset.column === column) th.setAttribute("aria-sort", descending ? "descending" : "ascending");
+    if (th.dataset.column === column)
+      th.setAttribute("aria-sort", descending ? "descending" : "ascending");
     else th.removeAttribute("aria-sort");
   }
   byId("feature-table").tBodies[0].replaceChildren(
     ...state.ordered.slice(0, state.limit).map((f) => {
       const link = element("a", { href: addressOf(state.dictionary, f.latent) }, String(f.latent));
-      const cells = COLUMNS.slice(1).map(([name, , text]) => element("td", { class: isText(name) ? "words tokens" : "" }, text(f)));
+      const cells = columns()
+        .slice(1)
+        .map(([name, , text]) =>
+          element("td", { class: isText(name) ? "words tokens" : "" }, text(f)),
+        );
       return element("tr", {}, element("th", { scope: "row" }, link), ...cells);
     }),
   );
@@ -95,20 +148,46 @@ function drawActivations(feature) {
   const y = scale(0, most * 1.05, SIZE.height - SIZE.bottom, SIZE.top);
   const svg = drawn("svg");
   const every = Math.ceil((last + 1 - first) / 6);
-  const edges = Array.from({ length: last + 2 - first }, (_, i) => first + i).filter((bin) => (bin - first) % every === 0);
-  axes(svg, x, y, edges.map((bin) => [bin, number(edge(bin), 2)]), ticks(0, most, 4).filter(Number.isInteger));
+  const edges = Array.from({ length: last + 2 - first }, (_, i) => first + i).filter(
+    (bin) => (bin - first) % every === 0,
+  );
+  axes(
+    svg,
+    x,
+    y,
+    edges.map((bin) => [bin, number(edge(bin), 2)]),
+    ticks(0, most, 4).filter(Number.isInteger),
+  );
   for (let bin = first; bin <= last; bin += 1) {
     const text = `${number(edge(bin))} to ${number(edge(bin + 1))}: ${number(counts[bin])} tokens`;
-    svg.append(drawn("rect", { class: "bar", x: x(bin) + 1, width: Math.max(1, x(bin + 1) - x(bin) - 2), y: y(counts[bin]), height: y(0) - y(counts[bin]) }, drawn("title", {}, text)));
+    svg.append(
+      drawn(
+        "rect",
+        {
+          class: "bar",
+          x: x(bin) + 1,
+          width: Math.max(1, x(bin + 1) - x(bin) - 2),
+          y: y(counts[bin]),
+          height: y(0) - y(counts[bin]),
+        },
+        drawn("title", {}, text),
+      ),
+    );
   }
   const top = counts.indexOf(most);
-  return figure("Tokens by activation", `Histogram of activations from ${number(edge(first))} to ${number(edge(last + 1))}; most, ${number(most)} tokens, between ${number(edge(top))} and ${number(edge(top + 1))}.`, svg);
+  return figure(
+    "Tokens by activation",
+    `Histogram of activations from ${number(edge(first))} to ${number(edge(last + 1))}; most, ${number(most)} tokens, between ${number(edge(top))} and ${number(edge(top + 1))}.`,
+    svg,
+  );
 }
 
 function drawContext(context, highest) {
   const peak = context.shares.indexOf(Math.max(...context.shares));
   const value = (i) => number((context.shares[i] / FINEST) * highest);
-  const inside = [...context.tokens.keys()].filter((i) => context.tokens[i] < data.vocabulary.length);
+  const inside = [...context.tokens.keys()].filter(
+    (i) => context.tokens[i] < data.vocabulary.length,
+  );
   const spans = inside.map((i) => {
     const token = element(i === peak ? "mark" : "span", {}, visible(context.tokens[i]));
     if (context.shares[i]) {
@@ -119,7 +198,12 @@ function drawContext(context, highest) {
     }
     return token;
   });
-  return element("li", {}, element("p", { class: "tokens" }, ...spans), element("p", { class: "note" }, `peak ${value(peak)} at “${visible(context.tokens[peak])}”`));
+  return element(
+    "li",
+    {},
+    element("p", { class: "tokens" }, ...spans),
+    element("p", { class: "note" }, `peak ${value(peak)} at “${named(context.tokens[peak])}”`),
+  );
 }
 
 function section(title, ...content) {
@@ -129,30 +213,75 @@ function section(title, ...content) {
 function drawFeature(feature) {
   const row = state.dictionary;
   const place = state.ordered.indexOf(feature);
-  const step = (name, to) => (to ? element("a", { href: addressOf(row, to.latent), rel: name === "Previous" ? "prev" : "next" }, name) : element("span", { class: "off" }, name));
-  const fact = (name, value) => element("div", {}, element("dt", {}, name), element("dd", {}, value));
+  const step = (name, to) =>
+    to
+      ? element(
+          "a",
+          { href: addressOf(row, to.latent), rel: name === "Previous" ? "prev" : "next" },
+          name,
+        )
+      : element("span", { class: "off" }, name);
+  const fact = (name, value) =>
+    element("div", {}, element("dt", {}, name), element("dd", {}, value));
   const neighbours = [...feature.neighbours].map((latent, i) => {
     const known = state.features.some((one) => one.latent === latent);
-    return element("li", {}, known ? element("a", { href: addressOf(row, latent) }, String(latent)) : String(latent), element("span", { class: "value" }, number(feature.cosines[i])));
+    return element(
+      "li",
+      {},
+      known ? element("a", { href: addressOf(row, latent) }, String(latent)) : String(latent),
+      element("span", { class: "value" }, number(feature.cosines[i])),
+    );
   });
-  const promoted = feature.promoted.map((token, i) => element("li", {}, element("span", { class: "tokens token" }, visible(token)), element("span", { class: "value" }, number(feature.logits[i]))));
+  const promoted = feature.promoted.map((token, i) =>
+    element(
+      "li",
+      {},
+      element("span", { class: "tokens" }, named(token)),
+      element("span", { class: "value" }, number(feature.logits[i])),
+    ),
+  );
   const title = element("h3", { id: "feature-title", tabindex: "-1" }, `Feature ${feature.latent}`);
   byId("feature").replaceChildren(
     title,
-    element("p", { class: "note" }, `${row.hook_name}, ${row.architecture} x${number(row.expansion_factor)}, seed ${row.seed}`),
-    element("p", { class: "steps" },
-      step("Previous", state.ordered[place - 1]), step("Next", place < 0 ? undefined : state.ordered[place + 1]),
-      element("a", { href: addressOf(row, feature.latent), id: "link" }, "Link to this feature")),
-    element("dl", {},
-      fact("Density", `${number(feature.density)} (${number(feature.density * data.n_tokens)} tokens)`),
-      fact("Mean where on", number(feature.mean)), fact("Highest", number(feature.highest))),
+    element("p", { class: "note" }, titleOf(row)),
+    element(
+      "p",
+      { class: "steps" },
+      step("Previous", state.ordered[place - 1]),
+      step("Next", place < 0 ? undefined : state.ordered[place + 1]),
+      element("a", { href: addressOf(row, feature.latent), id: "link" }, "Link to this feature"),
+    ),
+    element(
+      "dl",
+      {},
+      fact(
+        "Density",
+        `${number(feature.density)} (${number(feature.density * data.n_tokens)} tokens)`,
+      ),
+      fact("Mean where on", number(feature.mean)),
+      fact("Highest", number(feature.highest)),
+    ),
     drawActivations(feature),
-    section("Where it is most active", feature.contexts.length
-      ? element("ol", { class: "contexts" }, ...feature.contexts.map((one) => drawContext(one, feature.highest)))
-      : element("p", {}, "These activations came without tokens, so there are no contexts.")),
-    section("Tokens that it promotes", promoted.length
-      ? element("ol", { class: "pairs" }, ...promoted)
-      : element("p", {}, "Not known: no model was given, or the hook does not lead straight to its unembedding.")),
+    section(
+      "Where it is most active",
+      feature.contexts.length
+        ? element(
+            "ol",
+            { class: "contexts" },
+            ...feature.contexts.map((one) => drawContext(one, feature.highest)),
+          )
+        : element("p", {}, "These activations came without tokens, so there are no contexts."),
+    ),
+    section(
+      "Tokens that it promotes",
+      promoted.length
+        ? element("ol", { class: "pairs" }, ...promoted)
+        : element(
+            "p",
+            {},
+            "Not known: no model was given, or the hook does not lead straight to its unembedding.",
+          ),
+    ),
     section("Nearest decoder directions", element("ol", { class: "pairs" }, ...neighbours)),
   );
   byId("feature").hidden = false;
@@ -168,8 +297,13 @@ function choose(row) {
   byId("filter").value = "";
   byId("feature").hidden = true;
   byId("browser").classList.remove("open");
-  byId("rule").textContent = `${number(state.features.length)} of ${number(row.d_sae)} latents are shown, at even ranks of density among ${state.features.length === row.n_alive ? "those" : "an even sample of those"} that fired.`;
-  byId("feature-caption").textContent = `Features of ${row.hook_name}, ${row.architecture} x${number(row.expansion_factor)}, seed ${row.seed}`;
+  const [shown, all] = [state.features.length, number(row.d_sae)];
+  byId("rule").textContent =
+    shown === row.n_alive
+      ? `All ${number(shown)} latents that fired, of ${all}.`
+      : `${number(shown)} of ${all} latents, at even ranks of density among an even sample of those that fired.`;
+  byId("feature-caption").textContent = `Features of ${titleOf(row)}`;
+  drawHead();
   drawTable();
 }
 
@@ -186,10 +320,12 @@ function follow() {
   const [, name, latent] = address.match(/^(.*?)(?:\/feature(\d+))?$/s);
   const row = shownDictionaries.find((one) => one.address === name);
   if (row) choose(row);
-  const feature = row && latent !== undefined && state.features.find((one) => one.latent === Number(latent));
+  const feature =
+    row && latent !== undefined && state.features.find((one) => one.latent === Number(latent));
   if (feature) drawFeature(feature);
   else {
-    if (!row || latent !== undefined) byId("unknown").textContent = `This page shows no ${address}.`;
+    if (!row || latent !== undefined)
+      byId("unknown").textContent = `This page shows no ${address}.`;
     byId("features").scrollIntoView();
     byId("features").focus({ preventScroll: true });
   }
@@ -197,14 +333,17 @@ function follow() {
 
 if (shownDictionaries.length) {
   byId("browser").hidden = false;
-  byId("dictionary").append(...shownDictionaries.map((row) => element("option", { value: row.address }, `${row.hook_name}, ${row.architecture} x${number(row.expansion_factor)}, seed ${row.seed}`)));
-  byId("dictionary").addEventListener("change", () => choose(shownDictionaries.find((row) => row.address === byId("dictionary").value)));
+  byId("dictionary").append(
+    ...shownDictionaries.map((row) => element("option", { value: row.address }, titleOf(row))),
+  );
+  byId("dictionary").addEventListener("change", () =>
+    choose(shownDictionaries.find((row) => row.address === byId("dictionary").value)),
+  );
   byId("filter").addEventListener("input", drawTable);
   byId("more").addEventListener("click", () => {
     state.limit = Infinity;
     drawTable();
   });
-  drawHead();
   choose(shownDictionaries[0]);
 } else {
   byId("no-features").hidden = false;

@@ -40,8 +40,9 @@ def conclusions(report: Report) -> list[str]:
     if bounded := by_kind.get("lower bound"):
         most = max(bounded, key=lambda layer: layer.features_per_neuron)
         sentences.append(
-            f"{_layers(len(bounded))} beyond the detection limit: only a lower bound is known, the "
-            f"highest at {most.hook_name}, {per_neuron(most)} features per neuron."
+            f"{_layers(len(bounded))} known to a lower bound only, the highest at "
+            f"{most.hook_name}, {per_neuron(most)} features per neuron."
+            + ("" if all(layer.width_curve for layer in bounded) else f" {COUNT_IT}")
         )
     if uncounted := by_kind.get("not a count"):
         alive = [layer.features_per_neuron for layer in uncounted]
