@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 from fnmatch import fnmatch
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -45,7 +46,7 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
     def handle_data(self, data):
-        self.texts.append((self.tags[-1][0], data))
+        self.texts.append((self.tags[-1][0] if self.tags else "", data))
 
     def all(self, tag):
         return [attributes for name, attributes in self.tags if name == tag]
@@ -194,14 +195,14 @@ def test_contexts_are_those_of_the_text_with_the_activations_of_the_dictionary(m
     dense[~held_out.counts] = 0
     ids = torch.where(held_out.counts, held_out.ids, NO_TOKEN)
     for i, latent in enumerate(views.latents.tolist()):
-        peaks = dense[:, :, latent].amax(1).sort(descending=True)
-        context = int(peaks.indices[0])
-        at = int(dense[context, :, latent].argmax())
-        window = torch.nn.functional.pad(ids[context], (16, 8), value=NO_TOKEN)[at : at + 25]
-        assert views.tokens[0, i].tolist() == window.tolist()
-        torch.testing.assert_close(
-            views.activations[:, i, 16], peaks.values[:5], rtol=1e-4, atol=1e-5
-        )
+        peaks, at = dense[:, :, latent].max(1)
+        # Contexts that begin alike have activations alike, and any of them may come first.
+        best = (peaks > peaks.max() * (1 - 1e-5)).nonzero().squeeze(1).tolist()
+        padded = torch.nn.functional.pad(ids, (16, 8), value=NO_TOKEN)
+        windows = [padded[context, at[context] : at[context] + 25].tolist() for context in best]
+        assert views.tokens[0, i].tolist() in windows
+        highest = peaks.sort(descending=True).values[:5]
+        torch.testing.assert_close(views.activations[:, i, 16], highest, rtol=1e-4, atol=1e-5)
     assert report.token_texts[10] == "w10"
     assert views.promoted.tolist() == promoted_tokens(model, sae.W_dec[views.latents])[0].tolist()
 
@@ -287,8 +288,19 @@ def test_the_summary_says_how_many_where_and_how_sure(hostile):
     assert "at least 2.50" in bounded
     assert "not counted" in alive
     assert "--counts 300000" in alive
-    more = dataclasses.replace(hostile, layers=[layer("a", "counted"), layer("b", "counted")])
-    assert conclusions(more)[0].count("2.50") == 2
+    other = dataclasses.replace(layer("b", "counted"), features_per_neuron=3.0)
+    more = dataclasses.replace(hostile, layers=[layer("a", "counted"), other])
+    assert conclusions(more)[0].startswith("b holds 3.00 (2.40 to 2.70) features per neuron, the m")
+
+
+@pytest.fixture(scope="module")
+def saved(hostile, tmp_path_factory):
+    return hostile.save(tmp_path_factory.mktemp("saved") / "report")
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "report")
 
 
 def damage_tensors(folder, change):
@@ -300,27 +312,26 @@ def damage_tensors(folder, change):
 FIRST = "blocks.0.hook_out/x4-seed0"
 DAMAGES = {
     "a tensor is missing": lambda t: t.pop(f"{FIRST}/latents"),
-    "another dictionary": lambda t: t.update({"b/x1-seed0/latents": t[f"{FIRST}/latents"]}),
+    "another dictionary": lambda t: t.update({"b/x1-seed0/latents": t[f"{FIRST}/latents"].clone()}),
     "another shape": lambda t: t.update({f"{FIRST}/means": torch.zeros(3)}),
     "another dtype": lambda t: t.update({f"{FIRST}/means": torch.zeros(4, dtype=torch.int32)}),
     "NaN": lambda t: t[f"{FIRST}/cosines"].fill_(float("nan")),
     "a latent that is not there": lambda t: t[f"{FIRST}/latents"].fill_(4608),
     "a negative token": lambda t: t[f"{FIRST}/promoted"].fill_(-1),
     "a flat tensor of tokens": lambda t: t.update({f"{FIRST}/tokens": torch.zeros(4).int()}),
+    "a lone number": lambda t: t.update({f"{FIRST}/promoted": torch.tensor(1).int()}),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_damaged_tensors_are_one_clear_error(hostile, tmp_path, damage):
-    folder = hostile.save(tmp_path / "report")
+def test_damaged_tensors_are_one_clear_error(folder, damage):
     damage_tensors(folder, damage)
     with pytest.raises(ValueError, match=r"feature_views\.safetensors"):
         sf.Report.load(folder)
 
 
 @pytest.mark.parametrize("name", ["feature_views.safetensors", "tokens.json"])
-def test_a_file_that_is_missing_or_cut_off_is_one_clear_error(hostile, tmp_path, name):
-    folder = hostile.save(tmp_path / "report")
+def test_a_file_that_is_missing_or_cut_off_is_one_clear_error(folder, name):
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
@@ -331,8 +342,7 @@ def test_a_file_that_is_missing_or_cut_off_is_one_clear_error(hostile, tmp_path,
 
 
 @pytest.mark.parametrize("texts", [[], {"1": 2}, {"one": "a"}])
-def test_texts_of_another_form_are_one_clear_error(hostile, tmp_path, texts):
-    folder = hostile.save(tmp_path / "report")
+def test_texts_of_another_form_are_one_clear_error(folder, texts):
     write_json(folder / "tokens.json", texts)
     with pytest.raises(ValueError, match=r"tokens\.json is damaged"):
         sf.Report.load(folder)

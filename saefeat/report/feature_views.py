@@ -4,6 +4,7 @@ Shape letters: m latents that are shown, b bins, k contexts, w tokens in a windo
 t promoted tokens.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -92,14 +93,13 @@ def read_views(
             f"{folder / TENSORS} does not hold the dictionaries that report.json lists, or not all "
             "that is shown of them. Are the files of one report?"
         )
-    views = {
-        label: FeatureViews(**{name: tensors[f"{label}/{name}"] for name in names})
-        for label in n_shown
-    }
-    for label, one in views.items():
-        fault = _fault(one, n_shown[label], d_sae[label])
+    views = {}
+    for label, m in n_shown.items():
+        own = {name: tensors[f"{label}/{name}"] for name in names}
+        fault = _fault(own, m, d_sae[label])
         if fault:
             raise ValueError(f"{folder / TENSORS} is damaged: of {label}, {fault}.")
+        views[label] = FeatureViews(**own)
     texts = read_json(folder / TEXTS)
     if not isinstance(texts, dict) or not all(
         key.isdecimal() and isinstance(text, str) for key, text in texts.items()
@@ -108,10 +108,11 @@ def read_views(
     return views, {int(key): text for key, text in texts.items()}
 
 
-def _fault(views: FeatureViews, m: int, d_sae: int) -> str | None:
+def _fault(tensors: Mapping[str, Tensor], m: int, d_sae: int) -> str | None:
     """What is wrong with tensors that a file held; None where nothing is."""
-    k, _, w = views.tokens.shape if views.tokens.ndim == 3 else (0, 0, 0)
-    j, t = (one.shape[-1] if one.ndim else 0 for one in (views.neighbours, views.promoted))
+    k, w = (tensors["tokens"].shape[axis] if tensors["tokens"].ndim == 3 else 0 for axis in (0, 2))
+    lists = (tensors["neighbours"], tensors["promoted"])
+    j, t = (one.shape[-1] if one.ndim else 0 for one in lists)
     shapes = {
         **dict.fromkeys(("latents", "densities", "means", "highest"), (m,)),
         "histogram": (m, N_BINS),
@@ -119,22 +120,15 @@ def _fault(views: FeatureViews, m: int, d_sae: int) -> str | None:
         **dict.fromkeys(("neighbours", "cosines"), (m, j)),
         **dict.fromkeys(("promoted", "logits"), (m, t)),
     }
-    whole = ("latents", "histogram", "tokens", "neighbours", "promoted")
+    lowest = {"latents": 0, "neighbours": 0, "histogram": 0, "promoted": 0, "tokens": NO_TOKEN}
     for name, shape in shapes.items():
-        tensor: Tensor = getattr(views, name)
-        dtype = torch.int32 if name in whole else torch.float32
+        tensor = tensors[name]
+        dtype = torch.int32 if name in lowest else torch.float32
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             return f"{name} is {tensor.dtype} {list(tensor.shape)} and not {dtype} {list(shape)}"
         if not tensor.isfinite().all():
             return f"{name} holds NaN or infinity"
-    for name, lowest, limit in (
-        ("latents", 0, d_sae),
-        ("neighbours", 0, d_sae),
-        ("tokens", NO_TOKEN, None),
-        ("promoted", 0, None),
-        ("histogram", 0, None),
-    ):
-        tensor = getattr(views, name)
-        if (tensor < lowest).any() or (limit is not None and (tensor >= limit).any()):
+        limit = d_sae if name in ("latents", "neighbours") else math.inf
+        if name in lowest and ((tensor < lowest[name]) | (tensor >= limit)).any():
             return f"{name} holds numbers out of range"
     return None
