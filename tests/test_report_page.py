@@ -317,6 +317,7 @@ DAMAGES = {
     "another dtype": lambda t: t.update({f"{FIRST}/means": torch.zeros(4, dtype=torch.int32)}),
     "NaN": lambda t: t[f"{FIRST}/cosines"].fill_(float("nan")),
     "a latent that is not there": lambda t: t[f"{FIRST}/latents"].fill_(4608),
+    "no highest activation": lambda t: t[f"{FIRST}/highest"].zero_(),
     "a negative token": lambda t: t[f"{FIRST}/promoted"].fill_(-1),
     "a flat tensor of tokens": lambda t: t.update({f"{FIRST}/tokens": torch.zeros(4).int()}),
     "a lone number": lambda t: t.update({f"{FIRST}/promoted": torch.tensor(1).int()}),

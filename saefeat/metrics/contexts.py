@@ -1,7 +1,6 @@
 """Where latents are most active in a text: windows of tokens around their highest activations.
 
-Shape letters: n rows, m latents, k contexts kept, w tokens in a window, c contexts of a text,
-s positions in a context.
+Shape letters: n rows, m latents, k contexts kept, w tokens in a window.
 """
 
 import torch
@@ -45,9 +44,9 @@ class TopContexts:
     ) -> None:
         """Take in a batch; its last context waits for the next one, or for `finish`."""
         new = [activations, token_ids, positions]
-        rows = [torch.cat(both) for both in zip(self._unfinished or new, new, strict=True)]
-        if not self._unfinished:
-            rows = new
+        rows = new
+        if self._unfinished:
+            rows = [torch.cat(both) for both in zip(self._unfinished, new, strict=True)]
         starts = (rows[2].diff() <= 0).nonzero().squeeze(1) + 1
         last = int(starts[-1]) if len(starts) else 0
         if last:

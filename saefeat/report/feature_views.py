@@ -131,4 +131,6 @@ def _fault(tensors: Mapping[str, Tensor], m: int, d_sae: int) -> str | None:
         limit = d_sae if name in ("latents", "neighbours") else math.inf
         if name in lowest and ((tensor < lowest[name]) | (tensor >= limit)).any():
             return f"{name} holds numbers out of range"
+    if (tensors["highest"] <= 0).any() or (tensors["activations"] < 0).any():
+        return "a latent that fired has no activation above 0"
     return None
