@@ -177,6 +177,14 @@ def test_links_of_the_table_of_dictionaries_and_the_menu_choose_a_dictionary(pag
     chosen.select_by_index(5)
     assert set(column(page, 1)) == set(map(str, latents(report, HOOKS[2], 8)))
     assert f"Features of {HOOKS[2]}, topk x8" in find(page, "#feature-caption").text
+    assert page.current_url.endswith(f"#{HOOKS[2]}/x8/seed0")
+    # There and back again, the link to the same feature opens it still.
+    find(page, "#feature-table tbody a").click()
+    chosen.select_by_index(4)
+    assert not find(page, "#feature").is_displayed()
+    chosen.select_by_index(5)
+    find(page, "#feature-table tbody a").click()
+    assert title(page) == f"Feature {latents(report, HOOKS[2], 8)[0]}"
 
 
 def test_neighbours_that_are_shown_are_links(page, report, tmp_path):

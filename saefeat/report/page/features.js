@@ -82,8 +82,10 @@ const COLUMNS = [
 const columns = () =>
   COLUMNS.filter(([column]) => !isText(column) || state.features.some((f) => f[column]));
 const isText = (column) => column === "peaks" || column === "promotes";
-const addressOf = (row, latent) =>
-  `#${row.address.split("/").map(encodeURIComponent).join("/")}/feature${latent}`;
+const addressOf = (row, latent) => {
+  const dictionary = `#${row.address.split("/").map(encodeURIComponent).join("/")}`;
+  return latent === undefined ? dictionary : `${dictionary}/feature${latent}`;
+};
 
 function drawHead() {
   byId("feature-table").tHead.rows[0].replaceChildren(
@@ -336,9 +338,12 @@ if (shownDictionaries.length) {
   byId("dictionary").append(
     ...shownDictionaries.map((row) => element("option", { value: row.address }, titleOf(row))),
   );
-  byId("dictionary").addEventListener("change", () =>
-    choose(shownDictionaries.find((row) => row.address === byId("dictionary").value)),
-  );
+  byId("dictionary").addEventListener("change", () => {
+    const row = shownDictionaries.find((one) => one.address === byId("dictionary").value);
+    choose(row);
+    // The address follows, so that it never names a feature that is no longer open.
+    history.replaceState(null, "", addressOf(row));
+  });
   byId("filter").addEventListener("input", drawTable);
   byId("more").addEventListener("click", () => {
     state.limit = Infinity;
