@@ -50,7 +50,7 @@ def demo(
     print(report)
     print(f"\n{conclusions(report, tokens)}\n")
     print(f"Dictionaries: {out}/run/saes (SAELens opens them too)")
-    print(f"Report:       {out}/report/report.json, features.safetensors, density.png")
+    print(f"Report:       {out}/report/report.json, report.html, density.png")
 
 
 def cache(
@@ -178,6 +178,7 @@ def measure(
     ce_tokens: int = 4096,
     ablation: Literal["zero", "mean"] = "zero",
     counts: int | None = None,
+    features: int = 200,
     device: str = "auto",
     out: Path | None = None,
     json: bool = False,
@@ -196,6 +197,7 @@ def measure(
         ablation: What the loss is recovered from.
         counts: Activations to count the features of each hook on. They are read ten to twenty
             times, each time by the model unless there is a --store. Default: no count.
+        features: Latents of each dictionary that report.html shows one by one.
         device: "auto" is CUDA where there is one, else "cpu".
         out: A new folder for the report. Default: "report" in the run's folder.
         json: Print report.json instead of a table.
@@ -213,6 +215,7 @@ def measure(
         ce_tokens=ce_tokens,
         ablation=ablation,
         counts=counts,
+        features=features,
         device=device,
         out=out,
     )
@@ -222,6 +225,7 @@ def measure(
 def report(
     folders: tyro.conf.Positional[tuple[Path, ...]],
     out: Path | None = None,
+    page: bool = False,
     json: bool = False,
 ) -> None:
     """Print a report, or several side by side.
@@ -231,13 +235,14 @@ def report(
     Args:
         folders: Folders of reports, or of runs that have one.
         out: A new folder to write the report to, as this version writes it. Of one report only.
+        page: Make report.html of one report again, as this version draws it.
         json: Print JSON instead of a table.
     """
     from json import dumps
 
     from saefeat.report.compare import read_reports
 
-    shown = read_reports(folders, out)
+    shown = read_reports(folders, out, page)
     print(dumps(shown.to_dict(), indent=2) if json else shown)
 
 

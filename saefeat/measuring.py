@@ -26,6 +26,7 @@ def measure_run(
     ce_tokens: int = 4096,
     ablation: str = "zero",
     counts: int | None = None,
+    features: int = 200,
     device: str = "auto",
     progress: bool = True,
 ) -> tuple[Report, Path]:
@@ -41,6 +42,7 @@ def measure_run(
         ce_tokens: Tokens for the loss recovered; 0 leaves it out, as a store does.
         ablation: As for `measure`.
         counts: Rows to count the features of every hook on; None counts nothing.
+        features: As for `measure`.
         device: Of the language model and of counting.
         progress: Whether to draw progress bars on standard error.
 
@@ -82,6 +84,7 @@ def measure_run(
         ce_tokens=ce_tokens or 1,
         ablation=ablation,
         counts=counted,
+        features=features,
         progress=progress,
     )
     current().on_first(lambda: report.save(out))

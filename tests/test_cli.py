@@ -191,12 +191,13 @@ def test_resume_needs_no_more_than_the_folder_of_the_run(run):
 
 def test_measure_reads_what_the_run_held_out_and_report_compares(run, text, local_model, tmp_path):
     options = ("--tokens", 150, "--ce-tokens", 64)
-    finished = saefeat("measure", run, *options)
+    finished = saefeat("measure", run, *options, "--features", 3)
     assert finished.returncode == 0, finished.stderr
     assert "measuring: 100%" in finished.stderr
     report = sf.Report.load(run)
     assert report.n_tokens == 150
     assert all(row.ce_loss_recovered is not None for row in report.rows)
+    assert {len(views.latents) for views in report.views.values()} == {3}
     assert f"{report}\n\nReport: {run}/report" in finished.stdout
     # The same tokens as in a script that holds out the same.
     job = Job.of_run(run / "config.json")
@@ -214,7 +215,7 @@ def test_measure_reads_what_the_run_held_out_and_report_compares(run, text, loca
     assert compared.stdout.count("blocks.2.hook_resid_post ") == 3, compared.stderr
     rows = json.loads(saefeat("report", run, tmp_path / "one", "--json").stdout)["rows"]
     assert [row["report"] for row in rows].count(str(tmp_path / "one")) == 1
-    assert str(report) in saefeat("report", run).stdout
+    assert str(report) in saefeat("report", run, "--page").stdout
     copied = saefeat("report", run, "--out", tmp_path / "copy", "--json")
     assert json.loads(copied.stdout) == json.loads((tmp_path / "copy/report.json").read_text())
     assert_refused(saefeat("report", run, run), "different ones")

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from saefeat.report.record import COLUMNS, Report, Row, table_line
+from saefeat.report.record import COLUMNS, Report, Row, report_folder, table_line
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,21 +55,25 @@ class Comparison:
         return "\n".join(lines)
 
 
-def read_reports(folders: Sequence[Path], out: Path | None = None) -> Report | Comparison:
+def read_reports(
+    folders: Sequence[Path], out: Path | None = None, page: bool = False
+) -> Report | Comparison:
     """The report in a folder, or a comparison of those in several.
 
     Args:
         folders: Where `Report.load` finds them.
         out: A new folder to write a single report to.
+        page: Whether to make its `report.html` again where it is.
 
     Raises:
         FileNotFoundError: A folder holds no report.
-        ValueError: No folder is given, one is given twice, or several with `out`.
+        ValueError: No folder is given, one is given twice, or several with `out` or `page`.
     """
-    if not folders or len(set(folders)) < len(folders) or (out is not None and len(folders) > 1):
+    one_only = out is not None or page
+    if not folders or len(set(folders)) < len(folders) or (one_only and len(folders) > 1):
         raise ValueError(
-            "Give the folder of a report, or several different ones to compare them; --out writes "
-            f"a single report. Got {len(folders)} folders."
+            "Give the folder of a report, or several different ones to compare them; --out and "
+            f"--page write a single report. Got {len(folders)} folders."
         )
     reports = {str(folder): Report.load(folder) for folder in folders}
     if len(reports) > 1:
@@ -77,4 +81,6 @@ def read_reports(folders: Sequence[Path], out: Path | None = None) -> Report | C
     (report,) = reports.values()
     if out is not None:
         report.save(out)
+    if page:
+        report.save_page(report_folder(folders[0]))
     return report

@@ -58,6 +58,9 @@ def _from_count(count: FeatureCount) -> Layer:
         coverage=count.coverage,
         load=count.load,
         identifiable=count.identifiable,
+        width_curve=[
+            {"d_sae": step.d_sae, "n_features": step.n_features} for step in count.width_curve
+        ],
     )
 
 

@@ -17,8 +17,9 @@ from saefeat.metrics.fidelity import FidelitySums
 from saefeat.metrics.layers import layer_profile
 from saefeat.metrics.loss_recovered import CrossEntropy, ce_loss_recovered
 from saefeat.metrics.sparsity import SparsityCounts, features_per_neuron
+from saefeat.report.collect import MOST_VIEWS, ViewCollector, token_texts
 from saefeat.report.layers import layer_summaries
-from saefeat.report.record import QUANTILES, LossTokens, Report, Row, layer_number
+from saefeat.report.record import QUANTILES, LossTokens, Report, Row, label, layer_number
 from saefeat.superposition.counting.feature_count import FeatureCount
 from saefeat.training.bank import Bank, Key
 
@@ -33,6 +34,7 @@ def measure(
     ce_tokens: int = 4096,
     ablation: str = "zero",
     counts: Sequence[FeatureCount] = (),
+    features: int = 200,
     progress: bool = True,
 ) -> Report:
     """Measure every dictionary on the same held-out tokens.
@@ -58,6 +60,9 @@ def measure(
         counts: What `count_features` gave for some of the hooks. The summary of such a layer has
             its count, load and coverage; that of another has what the seeds of the widest
             dictionaries share, or, with one seed only, the alive latents.
+        features: Latents of each dictionary that the report's page shows one by one, chosen at
+            even ranks of density among those that fired (see `ViewCollector`); at most 6,000 of
+            all dictionaries together. 0 shows none, and nor do several processes.
         progress: Whether to draw progress bars on standard error.
 
     Returns:
@@ -67,10 +72,10 @@ def measure(
         KeyError: The stream lacks a hook of the bank.
         ValueError: An option is out of range, nothing was held out, or a measure is undefined.
     """
-    if n_tokens < 2 or ce_tokens < 1 or ablation not in ("zero", "mean"):
+    if n_tokens < 2 or ce_tokens < 1 or features < 0 or ablation not in ("zero", "mean"):
         raise ValueError(
-            "n_tokens must be at least 2, ce_tokens at least 1 and ablation 'zero' or 'mean', "
-            f"got {n_tokens}, {ce_tokens} and {ablation!r}."
+            "n_tokens must be at least 2, ce_tokens at least 1, features at least 0 and ablation "
+            f"'zero' or 'mean', got {n_tokens}, {ce_tokens}, {features} and {ablation!r}."
         )
     reads, targets = bank.reads, bank.targets
     read_hooks = [*bank.hooks, *(one.origin.target_hook_name for one in bank.values())]
@@ -87,6 +92,12 @@ def measure(
             "from tensors, or nothing was held out). Leave model=None."
         )
     sparsity = {key: SparsityCounts(one.decoder_norms.detach()) for key, one in bank.items()}
+    ranks = current()
+    # A process sees the highest activations of its own part alone.
+    n_shown = min(features, MOST_VIEWS // len(bank)) if ranks.size == 1 else 0
+    collectors = {
+        key: ViewCollector(one, n_shown, stream.has_tokens) for key, one in bank.items() if n_shown
+    }
     fidelity = {key: FidelitySums() for key in bank}
     by_hook = {
         key: {hook_name: FidelitySums() for hook_name in one.hook_widths}
@@ -95,12 +106,12 @@ def measure(
     }
     row_sums = {name: torch.zeros(stream.widths[name], dtype=torch.float64) for name in wanted}
     n_seen = 0
-    ranks = current()
     progress = progress and ranks.is_first
     bar = progress_bar(
         total=min(n_tokens, stream.n_held_out_rows), unit="tok", desc="measuring", shown=progress
     )
-    for batch in stream.held_out_batches(n_tokens, ranks=ranks):
+    with_tokens = bool(collectors) and stream.has_tokens
+    for batch in stream.held_out_batches(n_tokens, with_tokens=with_tokens, ranks=ranks):
         n = len(next(iter(batch.values())))
         n_seen += n
         bar.update(n_seen - bar.n)
@@ -115,6 +126,8 @@ def measure(
             codes = dictionary.encode(x)
             recon = dictionary.decode(codes)
             sparsity[key].update(codes)
+            if key in collectors:
+                collectors[key].update(codes, batch)
             fidelity[key].update(dictionary.balanced(target), dictionary.balanced(recon))
             if key in by_hook:
                 parts = recon.split(list(dictionary.hook_widths.values()), dim=1)
@@ -147,6 +160,10 @@ def measure(
                 layer_profile=asdict(layer_profile(dictionary, alive)) if alive.any() else None,
             )
         measured.append(row)
+    views = {
+        label(*key): one.views(bank[key], sparsity[key], targets[key], model)
+        for key, one in collectors.items()
+    }
     return Report(
         saefeat_version=metadata.version("saefeat"),
         model=stream.model_name,
@@ -155,10 +172,9 @@ def measure(
         layers=layer_summaries(bank, measured, sparsity, counts),
         left_out=asdict(stream.left_out),
         cross_entropy=cross_entropy,
-        densities={
-            f"{name}/x{factor:g}-seed{seed}": counts.density.float()
-            for (name, factor, seed), counts in sparsity.items()
-        },
+        densities={label(*key): counts.density.float() for key, counts in sparsity.items()},
+        views=views,
+        token_texts=token_texts(views, model),
     )
 
 

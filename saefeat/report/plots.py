@@ -5,6 +5,8 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
+from torch import Tensor
 
 from saefeat.report.record import Report
 
@@ -24,15 +26,13 @@ def density_histograms(report: Report) -> "Figure":
     n_rows = math.ceil(len(hooks) / n_columns)
     figure = Figure(figsize=(4 * n_columns, 2.6 * n_rows), layout="constrained")
     axes = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True)
-    lowest = math.log10(1 / max(report.n_tokens, 10))
-    bins = np.linspace(lowest, 0, 40)
+    bins = density_bins(report.n_tokens)
     for panel, hook_name in zip(axes.flat, hooks, strict=False):
         dead = []
         for name, density in report.densities.items():
             if name.rsplit("/", 1)[0] != hook_name:
                 continue
-            # In float32 a latent that fired once can come out a last digit below the first bin.
-            alive = density[density > 0].double().log10().numpy().clip(lowest, 0)
+            alive = log_densities(density, bins)
             dead.append(f"{len(density) - len(alive)} of {len(density):,}")
             panel.hist(alive, bins=bins, histtype="step", label=name.rsplit("/", 1)[1])
         panel.set_title(hook_name, fontsize=10)
@@ -52,6 +52,18 @@ def density_histograms(report: Report) -> "Figure":
         fontsize=11,
     )
     return figure
+
+
+def density_bins(n_tokens: int) -> npt.NDArray[np.float64]:
+    """Edges of 39 bins of log10 density, from that of a latent that fired once."""
+    return np.linspace(math.log10(1 / max(n_tokens, 10)), 0, 40)
+
+
+def log_densities(density: Tensor, bins: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """log10 density of the latents that fired, within the bins."""
+    # In float32 a latent that fired once can come out a last digit below the first bin.
+    logs: npt.NDArray[np.float64] = density[density > 0].double().log10().numpy()
+    return logs.clip(bins[0], bins[-1])
 
 
 def png_bytes(figure: "Figure", dots_per_inch: int = 120) -> bytes:

@@ -18,8 +18,9 @@ from saefeat.core.files import (
     write_tensors,
 )
 from saefeat.core.html import table
-from saefeat.core.records import from_json
+from saefeat.core.records import fitted, from_json, mapping
 from saefeat.metrics.layers import LayerProfile
+from saefeat.report.feature_views import FeatureViews, read_views, write_views
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -89,7 +90,7 @@ class Row:
     @property
     def label(self) -> str:
         """What tells it from the other dictionaries of a report."""
-        return f"{self.hook_name}/x{self.expansion_factor:g}-seed{self.seed}"
+        return label(self.hook_name, self.expansion_factor, self.seed)
 
     @property
     def cells(self) -> list[str]:
@@ -146,6 +147,9 @@ class Layer:
     """Sum over latents of p ln(1/p), per neuron, p being the density."""
     identifiable: bool | None
     """Whether the features can be told apart at this load; None where the method cannot tell."""
+    width_curve: list[dict[str, int]] = field(default_factory=list)
+    """`n_features` that a count found with dictionaries of `d_sae` atoms; empty where there is no
+    count."""
 
     def __str__(self) -> str:
         low, high = self.n_features["low"], self.n_features["high"]
@@ -176,6 +180,10 @@ class Report:
     """None where no model was given."""
     densities: dict[str, Tensor] = field(default_factory=dict)
     """Density of every latent [d_sae], by `Row.label`."""
+    views: dict[str, FeatureViews] = field(default_factory=dict)
+    """What the page shows of single latents, by the same names."""
+    token_texts: dict[int, str] = field(default_factory=dict)
+    """Text of the tokens that it shows; empty where no model was given."""
 
     def __str__(self) -> str:
         header = table_line(list(COLUMNS), COLUMNS)
@@ -240,7 +248,11 @@ class Report:
         return lines
 
     def save(self, folder: str | Path) -> Path:
-        """Write `report.json`, `features.safetensors` and `density.png` into a new folder.
+        """Write the report into a new folder.
+
+        Files are `report.json`, `features.safetensors` (densities), `density.png`, the page
+        `report.html`, and, where single latents are shown, `feature_views.safetensors` and
+        `tokens.json`.
 
         Raises:
             FileExistsError: The folder already holds files.
@@ -249,18 +261,29 @@ class Report:
 
         folder = claim_folder(folder, what="report")
         write_tensors(folder / "features.safetensors", self.densities)
+        if self.views:
+            write_views(folder, self.views, self.token_texts)
         write_bytes(folder / "density.png", png_bytes(density_histograms(self)))
-        # Last, so that a folder with a report.json is a whole one.
+        # After these, so that a folder with a report.json is one that loads.
         write_json(folder / "report.json", self.to_dict())
+        self.save_page(folder)
         return folder
 
+    def save_page(self, folder: str | Path) -> Path:
+        """Write `report.html`, one file with all of the report, over an older one."""
+        from saefeat.report.page.render import render
+
+        path = Path(folder) / "report.html"
+        write_bytes(path, render(self).encode())
+        return path
+
     def to_dict(self) -> dict[str, Any]:
-        """All but the densities, ready for JSON: what is in `report.json`."""
-        facts = {
-            name: value for name, value in vars(self).items() if name not in ("rows", "densities")
-        }
+        """All but the tensors and token texts, ready for JSON: what is in `report.json`."""
+        tensors = ("densities", "views", "token_texts")
+        facts = {name: value for name, value in vars(self).items() if name not in tensors}
         facts["layers"] = [asdict(layer) for layer in self.layers]
         facts["rows"] = [asdict(row) for row in self.rows]
+        facts["n_shown"] = {name: len(views.latents) for name, views in self.views.items()}
         return facts
 
     @classmethod
@@ -271,13 +294,11 @@ class Report:
             FileNotFoundError: The folder holds no report.
             ValueError: A file is damaged, or of another version.
         """
-        folder = Path(folder)
-        if not (folder / "report.json").is_file() and (folder / "report/report.json").is_file():
-            folder = folder / "report"
-        if not (folder / "report.json").is_file():
-            raise FileNotFoundError(f"{folder} holds no report: report.json is missing.")
+        folder = report_folder(folder)
         path = folder / "report.json"
-        report = from_json(cls, read_json(path), path)
+        facts = mapping(read_json(path), path)
+        n_shown = fitted(facts.pop("n_shown", {}), dict[str, int], "n_shown", path)
+        report = from_json(cls, facts, path)
         from_json(LeftOut, report.left_out, f"left_out in {path}")
         for row in report.rows:
             if row.layer_profile is not None:
@@ -290,13 +311,33 @@ class Report:
                 f"{folder / 'features.safetensors'} does not hold a density of every latent in "
                 "report.json: one of the two is damaged, or of another report."
             )
-        return replace(report, densities=densities)
+        d_sae = {name: len(density) for name, density in densities.items()}
+        views, texts = read_views(folder, n_shown, d_sae) if n_shown else ({}, {})
+        return replace(report, densities=densities, views=views, token_texts=texts)
+
+
+def report_folder(folder: str | Path) -> Path:
+    """The folder that a report is in: this one, or `report` in that of a run.
+
+    Raises:
+        FileNotFoundError: Neither holds a report.
+    """
+    folder = Path(folder)
+    for place in (folder, folder / "report"):
+        if (place / "report.json").is_file():
+            return place
+    raise FileNotFoundError(f"{folder} holds no report: report.json is missing.")
 
 
 def table_line(cells: Sequence[str], columns: Mapping[str, int]) -> str:
     """A line of a text table whose columns are so wide; the first is set to the left."""
     first, *others = zip(cells, columns.values(), strict=True)
     return f"{first[0]:<{first[1]}} " + " ".join(f"{cell:>{width}}" for cell, width in others)
+
+
+def label(hook_name: str, expansion_factor: float, seed: int) -> str:
+    """What a dictionary is called in the files of a report."""
+    return f"{hook_name}/x{expansion_factor:g}-seed{seed}"
 
 
 def layer_number(hook_name: str) -> int | None:
