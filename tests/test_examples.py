@@ -25,11 +25,21 @@ EXPECTED = {
     "09_universality.py": r"A and B: U = 0\.9\n(.*\n)+A and C: U = 0\.0",
     # At 1 / (1 - S) = 3.2: the median dimensionality.
     "10_toy_model_phases.py": "    3.2                     2.0",
+    "11_study_in_quick_mode.py": "residual, by matching_pursuit: The features could not be counted",
     "12_many_gpus.py": "2 processes, which divide the data",
 }
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+SLOW = {"11_study_in_quick_mode.py"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(path.name, marks=[pytest.mark.slow] if path.name in SLOW else [])
+        for path in sorted(EXAMPLES.glob("*.py"))
+    ],
+)
 def test_example_runs_and_prints_what_it_promises(name, request, tmp_path):
     source = (EXAMPLES / name).read_text()
     assert len(source.splitlines()) < 80

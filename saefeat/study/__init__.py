@@ -17,12 +17,13 @@ from saefeat.study.observations import (
     ObservedShape,
     PairObservation,
 )
-from saefeat.study.protocol import Protocol
+from saefeat.study.protocol import PRESETS, Protocol
 from saefeat.study.rules import Rules
 from saefeat.study.run import run_study
 from saefeat.study.verdict import Evidence, Verdict, judge
 
 __all__ = [
+    "PRESETS",
     "DensityHistogram",
     "Evidence",
     "Finding",
