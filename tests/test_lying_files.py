@@ -78,6 +78,9 @@ def test_json_of_a_terabyte_is_refused_unread(tmp_path: Path) -> None:
         file.truncate(2**40)
     with pytest.raises(ValueError, match="1,099,511,627,776 bytes"):
         read_json(tmp_path / "cfg.json")
+    (tmp_path / "cfg.json").rename(tmp_path / "index.json")
+    with pytest.raises(ValueError, match=r"index\.json is larger than any index"):
+        sf.ActivationStore(tmp_path)
 
 
 def pickled(folder: Path, tensors: object) -> Path:

@@ -7,7 +7,7 @@ from importlib import metadata
 from typing import Any
 
 from saefeat.activations.sources import POSITIONS, TOKEN_IDS
-from saefeat.core.files import hash_bytes, parse_json
+from saefeat.core.files import LARGEST_JSON, hash_bytes, parse_json
 from saefeat.core.folders import Folder
 from saefeat.core.records import from_json
 
@@ -155,6 +155,8 @@ def read_index(folder: Folder) -> StoreIndex:
         FileNotFoundError: The folder holds no store.
         ValueError: The index is damaged, or of another version.
     """
+    if folder.sizes().get(INDEX_NAME, 0) > LARGEST_JSON:
+        raise ValueError(f"{folder}/{INDEX_NAME} is larger than any index; it is damaged.")
     try:
         data = folder.read(INDEX_NAME)
     except FileNotFoundError:
