@@ -1,8 +1,8 @@
 """Every block of code in README runs: Python in order, commands in a shell.
 
 A section begins with the names that "In a script" has left, in a folder of its own, where
-corpus.txt lies; its blocks build on each other. To end soon, numbers are smaller here (`MOST`, and
-the tokens of commands), and of all layers only two are read (`HOOKS`). Nothing else is replaced:
+corpus.txt lies; its blocks build on each other. To end soon, numbers are smaller here (`MOST`,
+`OPTIONS`), and of all layers only two are read (`HOOKS`). Nothing else is replaced:
 the model is the real one, and the hub answers on this machine.
 """
 
@@ -20,8 +20,8 @@ from saefeat.dictionaries import registry
 
 README = Path(__file__).parent.parent / "README.md"
 SCRIPT = "In a script"
-MOST = {"n_tokens": 6_000}
-COMMAND_TOKENS = 2_000
+MOST = {"n_tokens": 6_000, "checkpoint_every": 1}
+OPTIONS = {"tokens": 2_000, "nproc-per-node": 2}
 HOOKS = {"blocks.*.hook_resid_post": "blocks.[36].hook_resid_post"}
 INSTALLS = "python3 -m venv"
 SLOW = ("How many features?",)
@@ -119,10 +119,13 @@ def test_section_runs(
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_runs(command: str, smollm2: Any, tmp_path: Path) -> None:
-    smaller = re.sub(r"--tokens \d+", f"--tokens {COMMAND_TOKENS}", command)
+    for option, most in OPTIONS.items():
+        command = re.sub(rf"--{option} \d+", f"--{option} {most}", command)
+    for all_hooks, fewer in HOOKS.items():
+        command = command.replace(all_hooks, fewer)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", smaller],
+        ["bash", "-euo", "pipefail", "-c", command],
         cwd=tmp_path,
         env={**os.environ, "PATH": path},
         check=True,
