@@ -88,7 +88,10 @@ class Findings:
     rules: Rules
 
     def __str__(self) -> str:
-        return "\n\n".join(str(part) for part in self.parts)
+        losses = [f"loss of {label}: {loss} nats a byte" for label, loss in self.losses.items()]
+        if self.loss_gap is not None:
+            losses.append(f"largest gap of their means: {self.loss_gap:.2%}")
+        return "\n\n".join(["\n".join(losses), *(str(part) for part in self.parts)]).lstrip()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
