@@ -6,6 +6,7 @@ corpus.txt lies; its blocks build on each other. To end soon, numbers are smalle
 the model is the real one, and the hub answers on this machine.
 """
 
+import argparse
 import ast
 import os
 import re
@@ -77,9 +78,7 @@ def run_section(section: str, names: dict[str, Any]) -> dict[str, Any]:
 def script(smollm2: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The names that "In a script" leaves."""
     folder = tmp_path_factory.mktemp("script")
-    library = Path(os.__file__).parent
-    text = "".join((library / name).read_text() for name in ("argparse.py", "inspect.py"))
-    (folder / "corpus.txt").write_text(text)
+    (folder / "corpus.txt").write_text(Path(argparse.__file__).read_text()[:60_000])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         return run_section(SCRIPT, {"__name__": "readme"})
