@@ -3,6 +3,7 @@
 Every function returns a matplotlib figure and touches no global state.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ BOUND_COLOUR = "tab:red"
 COUNTED = "counted, with its interval"
 AT_LEAST = "beyond the detection limit: at least"
 UNTRAINED = "random models"
+COLUMNS = 3
+"""Panels side by side."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,9 +83,14 @@ def slope_panels(panels: Sequence[SlopePanel]) -> "Figure":
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6 * len(panels), 4.8), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    n_columns = min(COLUMNS, len(panels))
+    n_rows = math.ceil(len(panels) / n_columns)
+    figure = Figure(figsize=(5.6 * n_columns, 4.8 * n_rows), layout="constrained")
+    grid = figure.subplots(n_rows, n_columns, squeeze=False).flatten()
+    for axes, panel in zip(grid, panels, strict=False):
         _slope_panel(axes, panel)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
     return figure
 
 
@@ -100,7 +108,10 @@ def _slope_panel(axes: "Axes", panel: SlopePanel) -> None:
         for shape in panel.shapes
     }
     drawn = {width: values for width, values in drawn.items() if len(values)}
-    if drawn:
+    if not drawn:
+        nothing = "nothing came back in two seeds"
+        axes.text(0.5, 0.5, nothing, ha="center", color="dimgrey", transform=axes.transAxes)
+    else:
         x = np.mean(np.log(list(drawn)))
         y = np.mean([np.log(values).mean() for values in drawn.values()])
 
@@ -188,10 +199,12 @@ def layer_panels(parts: Mapping[str, Sequence[LayerPanel]]) -> "Figure":
     rows = list(parts.values())
     # Panels are as wide as they have layers, and not too narrow for a title.
     columns = [max(3, *(len(row[i].histograms) for row in rows)) for i in range(len(rows[0]))]
-    size = (2.4 + 0.5 * sum(columns), 5.2 * len(parts) + 0.3)
+    n_columns = min(COLUMNS, len(parts))
+    n_rows = math.ceil(len(parts) / n_columns)
+    size = (n_columns * (2.4 + 0.5 * sum(columns)), 5.2 * n_rows + 0.3)
     figure = Figure(figsize=size, layout="constrained")
-    subfigures = figure.subfigures(len(parts), 1, squeeze=False)[:, 0]
-    for subfigure, (title, panels) in zip(subfigures, parts.items(), strict=True):
+    subfigures = figure.subfigures(n_rows, n_columns, squeeze=False).flatten()
+    for subfigure, (title, panels) in zip(subfigures, parts.items(), strict=False):
         subfigure.suptitle(title, fontsize=11)
         grid = subfigure.subplots(
             2,
