@@ -75,8 +75,9 @@ class _Answers(BaseHTTPRequestHandler):
                         for path, data in hub.files.items()
                     ]
                 )
-            case [user, name, "resolve", hub.commit, *path] if self._has(user, name):
-                self._send(hub.files["/".join(path)])
+            case [user, name, "resolve", "main" | hub.commit, *path] if self._has(user, name):
+                data = hub.files.get("/".join(path))
+                self._refuse("EntryNotFound") if data is None else self._send(data)
             case _:
                 self._refuse()
 
@@ -111,9 +112,9 @@ class _Answers(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    def _refuse(self) -> None:
+    def _refuse(self, reason: str = "RepoNotFound") -> None:
         self.send_response(404)
-        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("X-Error-Code", reason)
         self.send_header("Content-Length", "0")
         self.end_headers()
 

@@ -56,6 +56,15 @@ def test_a_bank_comes_back_whole_and_one_of_it_alone(hub: LocalHub) -> None:
         assert_same(again[key], one)
 
 
+def test_sae_lens_opens_one_of_a_pushed_bank(hub: LocalHub) -> None:
+    sae_lens = pytest.importorskip("sae_lens")
+    dictionary = random_dictionary(BatchTopK, seed=0)
+    sf.Bank({(HOOK, 3, 0): dictionary}).push_to_hub("user/bank")
+    theirs = sae_lens.SAE.from_pretrained("user/bank", f"{HOOK}/x3-seed0")
+    x = torch.randn(20, 8)
+    torch.testing.assert_close(theirs(x), dictionary(x), atol=1e-5, rtol=1e-5)
+
+
 def test_one_folder_of_a_repository_is_fetched_without_the_others(
     hub: LocalHub, dictionary: Dictionary, tmp_path: Path
 ) -> None:

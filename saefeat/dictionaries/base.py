@@ -356,8 +356,9 @@ class Dictionary(OnHub, nn.Module, ABC):
                 logits = model(ids)
 
         The rows at `hook_name` are replaced by `decode(edit(encode(x)))`; a transcoder replaces
-        those at its target. Gradients flow through, also through the edit. Dictionaries at
-        several hooks can be open at once. Hooks are taken off at the end, whatever happens.
+        those at its target. Gradients flow through, also through the edit (not to the input of
+        matching pursuit). Dictionaries at several hooks can be open at once. Hooks are taken off
+        at the end, whatever happens.
 
         Args:
             model: A TransformerLens model (HookedTransformer, TransformerBridge, ...), the
