@@ -19,6 +19,7 @@ from saefeat.superposition.diagnostics import (
     compositions,
     low_activations,
     splits,
+    splitting,
 )
 from saefeat.superposition.diagnostics.composition import nearest_sums
 
@@ -253,6 +254,17 @@ def test_a_split_latent_is_told_from_one_that_kept_its_meaning(
     assert math.isnan(found.largest_share[3])
     assert float(found.covered[4]) == 0
     assert found.share == 1 / 4
+
+
+def test_splits_are_the_same_however_few_pairs_are_looked_at_at_once(
+    split_dictionaries: tuple[CoActivation, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = splits(*split_dictionaries)
+    monkeypatch.setattr(splitting, "PAIRS_AT_ONCE", 2)
+    parts = splits(*split_dictionaries)
+    assert len(whole.parents) > 2
+    for name in ("parents", "children", "shares", "is_split"):
+        assert torch.equal(getattr(whole, name), getattr(parts, name))
 
 
 def test_splits_refuse_counts_of_other_dictionaries(

@@ -27,6 +27,10 @@ def cluster_sizes(rows: Float[Tensor, "w d"], cosine: float = 0.9) -> Int[Tensor
     return torch.sort(sizes, descending=True).values
 
 
+PAIRS_AT_ONCE = 1 << 16
+"""Whose directions are gathered: of pairs that are ever on together there may be millions."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Splits:
     """What became of each latent of a narrow dictionary in a wider one."""
@@ -95,9 +99,17 @@ def splits(
     together = counts.counts.tocoo()
     parent, child = (torch.from_numpy(part.astype("int64")) for part in together.coords)
     n = torch.from_numpy(together.data)
-    near = torch.einsum("nd,nd->n", unit_rows(narrow)[parent], unit_rows(wide)[child]) >= cosine
-    kept = near & (n > 0) & (n >= within * counts.other_firing[child])
-    parent, child, n = parent[kept], child[kept], n[kept].double()
+    often = (n > 0) & (n >= within * counts.other_firing[child])
+    parent, child, n = parent[often], child[often], n[often].double()
+    rows, columns = unit_rows(narrow), unit_rows(wide)
+    cosines = [
+        torch.einsum("nd,nd->n", rows[some], columns[others])
+        for some, others in zip(
+            parent.split(PAIRS_AT_ONCE), child.split(PAIRS_AT_ONCE), strict=True
+        )
+    ]
+    near = torch.cat(cosines) >= cosine
+    parent, child, n = parent[near], child[near], n[near]
     empty = torch.zeros(len(narrow), dtype=torch.float64)
     n_children = torch.bincount(parent, minlength=len(narrow))
     total = empty.index_add(0, parent, n)
