@@ -359,7 +359,7 @@ def test_dictionaries_of_one_hook_have_no_groups(stream):
 def test_a_transcoder_is_no_crosscoder():
     with pytest.raises(ValueError, match="cannot be a transcoder"):
         Crosscoder(sf.CrosscoderConfig(k=2), 12, 40, None, 9)
-    with pytest.raises(ValueError, match="must sum to d_in=12"):
+    with pytest.raises(ValueError, match="sum to d_in=12"):
         Crosscoder(sf.CrosscoderConfig(k=2), 12, 40, Origin(hook_widths={"a": 5}))
 
 
