@@ -19,6 +19,7 @@ from tiny_models import tiny_model, token_ids
 
 import saefeat as sf
 from saefeat.activations import store_writer
+from saefeat.activations.batches import BufferedBatches
 from saefeat.activations.quantise import dequantise, quantise
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"]
@@ -272,9 +273,15 @@ def test_a_bank_from_the_store_is_bitwise_that_of_tensors_in_the_same_order(
     opened = sf.ActivationStream.from_store(tmp_path / "acts", batch_size=64)
     batches = list(opened.batches(1600))
 
+    in_order = iter(batches)
+
+    class InOrder(BufferedBatches):
+        def __next__(self) -> Batch:
+            return next(in_order)
+
     class Given(sf.ActivationStream):
-        def batches(self, n_rows: int) -> Any:
-            return iter(batches)
+        def batches(self, n_rows: int, *position: Any, **ranks: Any) -> Any:
+            return InOrder(self._source, seed=0, batch_size=64, buffer_rows=64, n_rows=n_rows)
 
     x = joined(batches)
     given = Given.from_tensors(x, batch_size=64, held_out_fraction=0)
