@@ -10,7 +10,8 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import Select
+from selenium.webdriver.support import expected_conditions
+from selenium.webdriver.support.ui import Select, WebDriverWait
 from synthetic_reports import HOSTILE, synthetic_report
 
 HOOKS = [f"blocks.{i}.hook_resid_post" for i in range(3)]
@@ -64,7 +65,9 @@ def open_page(chromium, address, *, width=1280, scheme="light"):
 
 
 def find(page, selector):
-    return page.find_element(By.CSS_SELECTOR, selector)
+    """The element, once the page has drawn it: a click on a busy machine takes its time."""
+    drawn = expected_conditions.presence_of_element_located((By.CSS_SELECTOR, selector))
+    return WebDriverWait(page, 20).until(drawn)
 
 
 def find_all(page, selector):
@@ -75,8 +78,10 @@ def column(page, number):
     return [cell.text for cell in find_all(page, f"#feature-table tbody tr > :nth-child({number})")]
 
 
-def title(page):
-    return find(page, "#feature-title").text
+def shows(page, title):
+    """Waits for the feature of that title."""
+    shown = expected_conditions.text_to_be_present_in_element((By.ID, "feature-title"), title)
+    WebDriverWait(page, 20).until(shown)
 
 
 def latents(report, hook=HOOKS[0], factor=4):
@@ -126,7 +131,7 @@ def test_the_filter_leaves_what_matches_and_says_how_many(page, report):
 def test_a_feature_opens_with_all_that_is_known_of_it_and_takes_the_focus(page, report):
     first = latents(report)[0]
     find(page, "#feature-table tbody a").click()
-    assert title(page) == f"Feature {first}"
+    shows(page, f"Feature {first}")
     assert page.switch_to.active_element.get_attribute("id") == "feature-title"
     assert page.current_url.endswith(f"#{HOOKS[0]}/x4/seed0/feature{first}")
     assert find(page, "#feature dl").text.split("\n")[1] == "0.1 (10,000 tokens)"
@@ -158,15 +163,15 @@ def test_links_lead_on_and_the_address_brings_a_feature_back(page, report):
     numbers = latents(report)
     find(page, "#feature-table tbody a").click()
     find(page, "#feature a[rel=next]").click()
-    assert title(page) == f"Feature {numbers[1]}"
+    shows(page, f"Feature {numbers[1]}")
     page.back()
-    assert title(page) == f"Feature {numbers[0]}"
+    shows(page, f"Feature {numbers[0]}")
     page.forward()
     page.refresh()
-    assert title(page) == f"Feature {numbers[1]}"
+    shows(page, f"Feature {numbers[1]}")
     link = find(page, "#link").get_attribute("href")
     open_page(page, link)
-    assert title(page) == f"Feature {numbers[1]}"
+    shows(page, f"Feature {numbers[1]}")
 
 
 def test_links_of_the_table_of_dictionaries_and_the_menu_choose_a_dictionary(page, report):
@@ -184,7 +189,7 @@ def test_links_of_the_table_of_dictionaries_and_the_menu_choose_a_dictionary(pag
     assert not find(page, "#feature").is_displayed()
     chosen.select_by_index(5)
     find(page, "#feature-table tbody a").click()
-    assert title(page) == f"Feature {latents(report, HOOKS[2], 8)[0]}"
+    shows(page, f"Feature {latents(report, HOOKS[2], 8)[0]}")
 
 
 def test_neighbours_that_are_shown_are_links(page, report, tmp_path):
@@ -197,7 +202,7 @@ def test_neighbours_that_are_shown_are_links(page, report, tmp_path):
     find(page, "#feature-table tbody a").click()
     (link,) = find_all(page, "#feature section:last-child a")
     link.click()
-    assert title(page) == f"Feature {views.latents[7]}"
+    shows(page, f"Feature {views.latents[7]}")
 
 
 def test_an_address_of_nothing_says_so(page, address):
@@ -217,7 +222,7 @@ def test_everything_can_be_done_with_the_keyboard(page, report):
     assert reached[1:7] == ["Feature", "Density", "Mean", "Highest", "Peaks at", "Promotes"]
     assert reached[7] == str(latents(report)[0])
     page.switch_to.active_element.send_keys(Keys.ENTER)
-    assert title(page) == f"Feature {latents(report)[1]}"
+    shows(page, f"Feature {latents(report)[1]}")
     page.execute_script("document.querySelector('th[data-column=mean] button').focus()")
     page.switch_to.active_element.send_keys(Keys.SPACE)
     assert find(page, "th[data-column=mean]").get_attribute("aria-sort") == "descending"

@@ -14,11 +14,9 @@ from saefeat.core.devices import fastest_dtype
 from saefeat.dictionaries.auxiliary import MOST_ROWS, AuxiliaryConfig
 from saefeat.dictionaries.base import Dictionary, DictionaryConfig
 from saefeat.dictionaries.jump_relu import JumpReLUConfig
-from saefeat.dictionaries.matching_pursuit import MatchingPursuitConfig
 from saefeat.dictionaries.matryoshka import MatryoshkaConfig
 from saefeat.dictionaries.penalty import PenalisedConfig
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
-from saefeat.dictionaries.topk import RankedConfig
 from saefeat.kernels.compiled_pursuit import ROWS_AT_ONCE
 from saefeat.training.bank import Bank, Key
 from saefeat.training.bank_learner import INITIAL_ROWS
@@ -286,12 +284,11 @@ def entries_per_row(dictionary: Dictionary) -> float:
     JumpReLU the window of its thresholds adds about twice as many.
     """
     config, d_sae = dictionary.config, dictionary.d_sae
-    if isinstance(config, RankedConfig | MatchingPursuitConfig):
-        return float(config.k)
     if isinstance(config, PenalisedConfig):
         window = 3 if isinstance(config, JumpReLUConfig) else 1
         return min(window * min(config.initial_l0, d_sae / 2), d_sae)
-    raise TypeError(f"How many latents a {type(dictionary).__name__} keeps on is not known here.")
+    # A kind that says no k may keep all of them on.
+    return float(getattr(config, "k", d_sae))
 
 
 def _n_parameters(dictionary: Dictionary) -> int:
