@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import sys
 import time
@@ -31,17 +32,43 @@ def together(
 
     Each is left to itself: one that fails does not end the others, as torchrun would.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in folder.glob("outcome-*"):
+        place.unlink()
+    running = _ended(folder, function, arguments, size, timeout)
+    if all(one.is_alive() for one in running):
+        # A fork may have inherited a lock that a thread of the tests held. What hangs by itself
+        # does so again.
+        _abort(running)
+        running = _ended(folder, function, arguments, size, timeout)
+    hanging = [rank for rank, one in enumerate(running) if one.is_alive()]
+    _abort(running)
+    assert not hanging, f"processes {hanging} of {size} hang"
+    outcomes = []
+    for rank, one in enumerate(running):
+        place = folder / f"outcome-{rank}"
+        outcomes.append(
+            pickle.loads(place.read_bytes()) if place.is_file() else KilledError(str(one.exitcode))
+        )
+    return outcomes
+
+
+def _ended(
+    folder: Path,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    size: int,
+    timeout: float,
+) -> list[Any]:
+    """The processes, once they have ended or are taken to hang."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    folder.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("fork")
     running = []
     for rank in range(size):
-        place = folder / f"outcome-{rank}"
-        place.unlink(missing_ok=True)
-        one = context.Process(
-            target=_child, args=(rank, size, port, timeout, place, function, arguments)
+        one = multiprocessing.get_context("fork").Process(
+            target=_child,
+            args=(rank, size, port, timeout, folder / f"outcome-{rank}", function, arguments),
         )
         with warnings.catch_warnings():
             # From Python 3.12 on, of any process with threads.
@@ -51,17 +78,16 @@ def together(
     ends = time.monotonic() + LONGEST_SECONDS
     for one in running:
         one.join(max(0.0, ends - time.monotonic()))
-    hanging = [rank for rank, one in enumerate(running) if one.is_alive()]
-    for rank in hanging:
-        running[rank].kill()
-    assert not hanging, f"processes {hanging} of {size} hang"
-    outcomes = []
-    for rank, one in enumerate(running):
-        place = folder / f"outcome-{rank}"
-        outcomes.append(
-            pickle.loads(place.read_bytes()) if place.is_file() else KilledError(str(one.exitcode))
-        )
-    return outcomes
+    return running
+
+
+def _abort(running: list[Any]) -> None:
+    """Ends those that still run, which pytest has print where they are."""
+    for one in running:
+        if one.is_alive():
+            os.kill(one.pid, signal.SIGABRT)
+            one.join(10)
+            one.kill()
 
 
 def results(*arguments: Any, **options: Any) -> list[Any]:
