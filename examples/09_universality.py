@@ -23,7 +23,9 @@ bank = sf.train(
 )
 a, again = ((bank["A", 2, seed], stream) for seed in (0, 1))
 for other in ("B", "C"):
-    result = sf.universality(a, (bank[other, 2, 0], stream), again=again, n_tokens=5_000)
+    result = sf.universality(
+        a, (bank[other, 2, 0], stream), again=again, n_tokens=5_000, n_resamples=200
+    )
     print(result, end="\n\n")
     print(f"A and {other}: U = {result.scores[0].u.value:.1f}\n")
 print("U is 1 where another model is as alike as another seed, 0 where it is as alike as chance.")
