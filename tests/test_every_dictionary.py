@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saefeat.dictionaries.auxiliary import AuxiliaryConfig
-from saefeat.dictionaries.base import Origin, StepContext
+from saefeat.dictionaries.base import Origin
 from saefeat.dictionaries.batch_topk import BatchTopK
 from saefeat.dictionaries.crosscoder import Crosscoder
 from saefeat.dictionaries.gated import Gated
@@ -18,6 +18,7 @@ from saefeat.dictionaries.penalty import PenalisedConfig
 from saefeat.dictionaries.registry import KINDS, dictionary_type
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
 from saefeat.dictionaries.standard import Standard
+from saefeat.dictionaries.step import StepContext
 from saefeat.dictionaries.topk import TopK
 from saefeat.kernels import eager
 from saefeat.kernels.codes import Codes

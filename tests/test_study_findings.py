@@ -88,9 +88,9 @@ def test_a_field_that_is_missing_or_unknown_is_named(name) -> None:
     facts = whole(simulated_study("partitioned")).to_dict()
     first = dict(facts[name][0])
     first["unheard_of"] = 1
-    with pytest.raises(ValueError, match=r"unknown \['unheard_of'\]"):
+    with pytest.raises(ValueError, match="unknown key 'unheard_of'"):
         Observations.from_dict({**facts, name: [first]})
-    with pytest.raises(ValueError, match="missing"):
+    with pytest.raises(ValueError, match="lacks the key"):
         Observations.from_dict({**facts, name: [{}]})
 
 

@@ -21,7 +21,7 @@ from saefeat.models.zoo import (
     train_family,
     train_model,
 )
-from saefeat.models.zoo.corpus import Corpus, tokenised
+from saefeat.models.zoo.corpus import tokenised
 from saefeat.models.zoo.target import next_step
 
 DEEP, FLAT = Shape(2, 16, 1), Shape(1, 24, 2)
@@ -158,7 +158,7 @@ def test_the_record_says_how_the_model_was_made(corpus, tmp_path):
     assert read_model(model.folder).validation_loss == model.validation_loss
     path = model.folder / "zoo.json"
     path.write_text(json.dumps({"shape": [2, 16, 1]}))
-    with pytest.raises(ValueError, match="does not describe a model"):
+    with pytest.raises(ValueError, match="lacks the key"):
         read_model(model.folder)
 
 
@@ -178,6 +178,18 @@ def test_tokens_of_another_vocabulary_are_an_error(corpus, tmp_path):
     options = replace(OPTIONS, vocabulary_size=300)
     with pytest.raises(ValueError, match="vocabulary_size=300"):
         train_model(DEEP, corpus, options=options, out=tmp_path, progress=False)
+
+
+def test_a_family_may_be_left_at_equal_tokens(corpus, tmp_path):
+    text = load_text(["some words, " * 900, "and others; " * 100])
+    options = replace(OPTIONS, n_tokens=2 * 256)
+    family = train_family(
+        (DEEP,), (0,), options, text=text, out=tmp_path, equal_loss=False, progress=False
+    )
+    assert family.equal_loss == ()
+    (only,) = family.to_dict()["models"]
+    assert only["validation_loss_of_all"] == family.equal_tokens[0].validation_loss
+    assert "validation_loss" not in only
 
 
 def test_a_family_of_nothing_or_of_one_twice_is_an_error(tmp_path):
@@ -208,11 +220,6 @@ def test_a_decay_is_looked_for_between_those_that_were_too_early_and_too_late():
     between = next_step({100: 2.0, 25: 2.88}, 2.4, 0.2, least=10)
     assert between == 50  # half-way in ln(loss), so in ln(step)
     assert next_step({100: 2.0, 99: 2.5}, 2.2, 0.2, least=10) is None
-
-
-def test_a_corpus_comes_back_from_disk(corpus, tmp_path):
-    corpus.save(tmp_path)
-    assert Corpus.load(tmp_path).digest == corpus.digest
 
 
 def test_a_random_model_is_one_of_a_shape_that_has_learnt_nothing():

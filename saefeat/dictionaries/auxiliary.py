@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saefeat.dictionaries.base import DictionaryConfig, StepContext
+from saefeat.dictionaries.base import DictionaryConfig
+from saefeat.dictionaries.step import StepContext
 from saefeat.kernels.autograd import rows_of
 from saefeat.kernels.shared_latents import summed_value
 from saefeat.kernels.shared_selection import kth_largest_of_rows

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saefeat.dictionaries.base import StepContext
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
+from saefeat.dictionaries.step import StepContext
 from saefeat.dictionaries.topk import RankedConfig, annealed_k, check_ranked
 from saefeat.kernels.codes import Codes, SparsityPattern
 from saefeat.kernels.shared_selection import batch_top_k

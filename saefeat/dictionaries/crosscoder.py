@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saefeat.dictionaries.base import Dictionary, StepContext
+from saefeat.dictionaries.base import Dictionary
 from saefeat.dictionaries.batch_topk import BatchTopK, BatchTopKConfig
 from saefeat.dictionaries.jump_relu import JumpReLU, JumpReLUConfig
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
 from saefeat.dictionaries.standard import Standard, StandardConfig
+from saefeat.dictionaries.step import StepContext
 from saefeat.kernels.codes import Codes, SparsityPattern
 
 HELD_SHARE = 0.1

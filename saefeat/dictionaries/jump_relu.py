@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saefeat.dictionaries.base import StepContext
 from saefeat.dictionaries.penalty import PenalisedConfig, Penalty, initial_threshold
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
+from saefeat.dictionaries.step import StepContext
 from saefeat.kernels.codes import Codes, SparsityPattern
 
 

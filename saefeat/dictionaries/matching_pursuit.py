@@ -6,12 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saefeat.dictionaries.base import (
-    Dictionary,
-    DictionaryConfig,
-    StepContext,
-    StepLoss,
-)
+from saefeat.dictionaries.base import Dictionary, DictionaryConfig
+from saefeat.dictionaries.step import StepContext, StepLoss
 from saefeat.dictionaries.topk import check_k
 from saefeat.kernels.autograd import squared_errors
 from saefeat.kernels.codes import Codes

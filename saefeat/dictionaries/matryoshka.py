@@ -6,8 +6,8 @@ from itertools import pairwise
 from jaxtyping import Float
 from torch import Tensor
 
-from saefeat.dictionaries.base import StepContext
 from saefeat.dictionaries.batch_topk import BatchTopK, BatchTopKConfig
+from saefeat.dictionaries.step import StepContext
 from saefeat.kernels.autograd import squared_errors
 from saefeat.kernels.codes import Codes
 

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saefeat.dictionaries.base import DictionaryConfig, StepContext
+from saefeat.dictionaries.base import DictionaryConfig
+from saefeat.dictionaries.step import StepContext
 from saefeat.kernels.codes import Codes
 
 GAIN = 0.03

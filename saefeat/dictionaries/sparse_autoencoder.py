@@ -7,12 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saefeat.dictionaries.auxiliary import AuxiliaryConfig, auxiliary_loss
-from saefeat.dictionaries.base import (
-    Dictionary,
-    StepContext,
-    StepLoss,
-    random_unit_rows,
-)
+from saefeat.dictionaries.base import Dictionary, random_unit_rows
+from saefeat.dictionaries.step import StepContext, StepLoss
 from saefeat.kernels.autograd import sparse_encode, squared_errors
 from saefeat.kernels.codes import Codes, SparsityPattern
 from saefeat.kernels.shared_latents import summed_gradient

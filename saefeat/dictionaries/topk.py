@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saefeat.dictionaries.auxiliary import AuxiliaryConfig
-from saefeat.dictionaries.base import StepContext
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
+from saefeat.dictionaries.step import StepContext
 from saefeat.kernels.codes import Codes, SparsityPattern
 from saefeat.kernels.shared_selection import top_k
 

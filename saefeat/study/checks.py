@@ -1,22 +1,7 @@
 """What records of the study have to be."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import Any
-
-
-def checked_fields(cls: type, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts, if they are those of a record of this class."""
-    if not isinstance(facts, Mapping):
-        raise ValueError(f"A {cls.__name__} is an object with named fields, got {facts!r}.")
-    names = {one.name for one in fields(cls)}
-    if set(facts) != names:
-        raise ValueError(
-            f"A {cls.__name__} has other fields than these: missing {sorted(names - set(facts))}, "
-            f"unknown {sorted(set(facts) - names)}. The file is of another version, or damaged."
-        )
-    return dict(facts)
+from collections.abc import Sequence
 
 
 def check_among(record: object, **choices: Sequence[str]) -> None:

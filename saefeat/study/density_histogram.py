@@ -1,14 +1,11 @@
 """How often features are on, in few numbers, so that a picture can be drawn from a record."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-from saefeat.study.checks import checked_fields
 
 LOWEST = -6.0
 BINS_PER_DECADE = 10
@@ -42,18 +39,6 @@ class DensityHistogram:
             edges=tuple(round(LOWEST + i / BINS_PER_DECADE, 9) for i in range(n_bins + 1)),
             counts=tuple(torch.bincount(place, minlength=n_bins).tolist()),
             n_never=len(densities) - len(on),
-        )
-
-    @classmethod
-    def from_dict(cls, facts: Mapping[str, Any]) -> "DensityHistogram":
-        """The histogram that a record holds.
-
-        Raises:
-            ValueError: A field is missing or unknown, or edges and counts do not fit.
-        """
-        own = checked_fields(cls, facts)
-        return cls(
-            edges=tuple(own["edges"]), counts=tuple(own["counts"]), n_never=int(own["n_never"])
         )
 
 

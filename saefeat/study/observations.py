@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saefeat.core.records import from_json
 from saefeat.study.checks import (
     check_above_zero,
     check_among,
     check_distinct,
     check_finite,
-    checked_fields,
 )
 from saefeat.study.density_histogram import DensityHistogram
 from saefeat.superposition.calibration.calibrated_count import why_untrusted
@@ -27,7 +27,7 @@ from saefeat.superposition.counting.feature_count import FeatureCount
 from saefeat.superposition.sae_counts import SAECounts
 from saefeat.superposition.theory import load
 from saefeat.superposition.universality.result import Universality
-from saefeat.superposition.universality.score import Estimate, Score
+from saefeat.superposition.universality.score import Score
 
 CONTROLS = ("trained", "random")
 """Models as trained, and as they were initialised: what a random transformer gives is no finding
@@ -361,38 +361,4 @@ class Observations:
         Raises:
             ValueError: A field is missing, unknown, or out of range.
         """
-        names = checked_fields(cls, facts)
-        return cls(
-            shapes=tuple(_record(ObservedShape, one) for one in names["shapes"]),
-            pair=tuple(names["pair"]),
-            layers=tuple(_layer(one) for one in names["layers"]),
-            models=tuple(_record(ModelObservation, one) for one in names["models"]),
-            joint=tuple(_record(JointObservation, one) for one in names["joint"]),
-            pairs=tuple(_pair(one) for one in names["pairs"]),
-            protocol=dict(names["protocol"]),
-        )
-
-
-def _layer(facts: Mapping[str, Any]) -> LayerObservation:
-    own = checked_fields(LayerObservation, facts)
-    own["densities"] = DensityHistogram.from_dict(own["densities"])
-    own["reasons"] = tuple(own["reasons"])
-    return LayerObservation(**own)
-
-
-def _pair(facts: Mapping[str, Any]) -> PairObservation:
-    own = checked_fields(PairObservation, facts)
-    own["hook_names"] = tuple(own["hook_names"])
-    own["scores"] = tuple(_score(one) for one in own["scores"])
-    return PairObservation(**own)
-
-
-def _score(facts: Mapping[str, Any]) -> Score:
-    own = checked_fields(Score, facts)
-    for name in ("matched", "null", "again", "u"):
-        own[name] = None if own[name] is None else _record(Estimate, own[name])
-    return Score(**own)
-
-
-def _record(cls: type[Record], facts: Mapping[str, Any]) -> Record:
-    return cls(**checked_fields(cls, facts))
+        return from_json(cls, facts, "A record of observations")

@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saefeat.core.distributed import ALONE, Ranks
-from saefeat.dictionaries.base import Dictionary, StepContext
+from saefeat.dictionaries.base import Dictionary
+from saefeat.dictionaries.step import StepContext
 from saefeat.kernels.codes import Codes
 from saefeat.kernels.dispatch import Kernels
 from saefeat.training.dead_latents import DeadLatents, patience_tokens

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saefeat.core.files import hash_bytes, read_json, read_tensors, write_json, write_tensors
+from saefeat.core.files import hash_bytes
 from saefeat.models.zoo.text import Text
 from saefeat.models.zoo.tokenizer import (
     BYTE_VOCABULARY,
@@ -65,22 +64,6 @@ class Corpus:
         """Contexts to measure on."""
         ids = self.held_out.numpy()
         return Windows(ids, context_size=context_size, separator=self.separator)
-
-    def save(self, folder: Path) -> None:
-        """Write it for `load`."""
-        write_tensors(folder / "ids.safetensors", {"train": self.train, "held_out": self.held_out})
-        write_json(folder / "corpus.json", {"name": self.name, "tokenizer": self.tokenizer})
-
-    @classmethod
-    def load(cls, folder: Path) -> "Corpus":
-        """What `save` has written.
-
-        Raises:
-            ValueError: A file is damaged.
-        """
-        facts = read_json(folder / "corpus.json")
-        ids = read_tensors(folder / "ids.safetensors")
-        return cls(**ids, name=facts["name"], tokenizer=facts["tokenizer"])
 
 
 def tokenised(text: Text, vocabulary_size: int = BYTE_VOCABULARY) -> Corpus:

@@ -37,21 +37,23 @@ class Family:
 
     def to_dict(self) -> dict[str, Any]:
         """Losses and tokens of all models, for JSON."""
-        return {
-            "target_loss": self.target_loss,
-            "models": [
-                {
-                    "shape": equal.shape.label,
-                    "seed": equal.seed,
-                    "n_tokens": equal.n_tokens,
-                    "validation_loss": equal.validation_loss,
-                    "reaches_target": equal.reaches_target,
-                    "n_tokens_of_all": whole.n_tokens,
-                    "validation_loss_of_all": whole.validation_loss,
-                }
-                for equal, whole in zip(self.equal_loss, self.equal_tokens, strict=True)
-            ],
-        }
+        models: list[dict[str, Any]] = [
+            {
+                "shape": whole.shape.label,
+                "seed": whole.seed,
+                "n_tokens_of_all": whole.n_tokens,
+                "validation_loss_of_all": whole.validation_loss,
+            }
+            for whole in self.equal_tokens
+        ]
+        # There are none where equal losses were not asked for.
+        for facts, equal in zip(models, self.equal_loss, strict=False):
+            facts |= {
+                "n_tokens": equal.n_tokens,
+                "validation_loss": equal.validation_loss,
+                "reaches_target": equal.reaches_target,
+            }
+        return {"target_loss": self.target_loss, "models": models}
 
 
 def train_family(

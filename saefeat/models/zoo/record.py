@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from saefeat.core.files import read_json
+from saefeat.core.records import entry, mapping
 from saefeat.models.zoo.shapes import Shape
 
 
@@ -67,14 +68,12 @@ def read_model(folder: str | Path) -> ZooModel:
         FileNotFoundError: There is no `zoo.json`.
         ValueError: It is damaged.
     """
-    facts = read_json(Path(folder) / "zoo.json")
-    try:
-        return ZooModel(
-            folder=Path(folder),
-            shape=Shape(*facts["shape"]),
-            seed=facts["seed"],
-            n_tokens=facts["n_tokens"],
-            validation_loss=facts["validation_loss"],
-        )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/zoo.json does not describe a model ({error}).") from None
+    path = Path(folder) / "zoo.json"
+    facts = mapping(read_json(path), path)
+    return ZooModel(
+        folder=Path(folder),
+        shape=Shape(*entry(facts, "shape", tuple[int, int, int], path)),
+        seed=entry(facts, "seed", int, path),
+        n_tokens=entry(facts, "n_tokens", int, path),
+        validation_loss=entry(facts, "validation_loss", float, path),
+    )

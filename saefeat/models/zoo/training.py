@@ -46,7 +46,7 @@ SNAPSHOT_SHARE = 8
 
 logger = logging.getLogger(__name__)
 
-Report = Callable[[int, str], None]
+OnSteps = Callable[[int, str], None]
 """Is told how many steps have been made since, and what a progress bar may show."""
 
 
@@ -59,7 +59,7 @@ def train_model(
     out: str | Path,
     target_loss: float | None = None,
     tolerance: float = 0.005,
-    progress: bool | Report = True,
+    progress: bool | OnSteps = True,
 ) -> ZooModel:
     """Trains a decoder from scratch, or finds it where an equal call has put it.
 
@@ -119,7 +119,7 @@ class _Run:
         self, out: Path, shape: Shape, corpus: Corpus, seed: int, options: TrainingOptions
     ) -> None:
         self.shape, self.corpus, self.seed, self.options = shape, corpus, seed, options
-        self.report: Report = lambda n_steps, shown: None
+        self.report: OnSteps = lambda n_steps, shown: None
         self.facts: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "shape": [shape.n_layers, shape.d_model, shape.n_heads],
@@ -256,7 +256,7 @@ def _nearest(models: Iterable[ZooModel], target: float) -> ZooModel:
     return min(models, key=lambda model: abs(model.validation_loss - target))
 
 
-def _draw_on(bar: Any) -> Report:
+def _draw_on(bar: Any) -> OnSteps:
     def report(n_steps: int, shown: str) -> None:
         bar.update(n_steps)
         if shown and bar.n % 50 == 0:
