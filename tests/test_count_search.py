@@ -111,8 +111,8 @@ def test_what_all_starts_share_has_a_narrow_interval(rows):
 
 def test_doubt_widens_the_interval_on_its_own_side(rows):
     assert concluded(rows, found(n_strict=8)).low == pytest.approx(7.8)
-    last = found(alone=3)
-    assert last.coverage == pytest.approx(1 - 3 / 33)
+    last = found(alone=2)
+    assert last.coverage == pytest.approx(1 - 2 / 32)
     assert concluded(rows, last).high == pytest.approx(last.chao2 + 0.2)
 
 
@@ -141,12 +141,21 @@ def test_a_count_below_what_another_width_agreed_on_is_no_count(rows):
     assert concluded(rows, found(), others=[found(n_features=14, picks=1)]).identifiable
 
 
+def test_an_interval_that_does_not_say_how_many_is_no_count(rows):
+    last, half = found(n_features=10, n_strict=8), found(n_features=7)
+    count = concluded(rows, last, half=half)
+    assert (count.identifiable, count.high) == (False, math.inf)
+    assert count.estimate == count.low == pytest.approx(7.8)
+    assert "too wide to say how many" in count.reasons[-1]
+    assert concluded(rows, found(n_features=10), half=half).identifiable
+
+
 def test_a_rising_count_is_extrapolated_no_further_than_what_is_unseen(rows):
     rising = concluded(rows, found(n_features=10), half=found(n_features=6))
     assert rising.estimate == 10
     assert rising.high == pytest.approx(14.2)
     assert "still rises" in rising.reasons[0]
-    last = found(n_features=10, alone=3)
+    last = found(n_features=10, alone=2)
     unseen = concluded(rows, last, half=found(n_features=6))
     assert unseen.estimate == pytest.approx(min(12, last.chao2))
     settled = concluded(rows, replace(last), half=found(n_features=10))

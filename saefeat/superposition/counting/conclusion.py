@@ -18,6 +18,8 @@ SETTLED = 0.8
 """Least share of the features that all starts have found, and closely."""
 FULL = 0.9
 """Share of the atoms beyond which features fill a dictionary."""
+WIDE = 1.5
+"""High end of an interval over its low end beyond which it does not say how many there are."""
 
 
 def conclude(
@@ -63,6 +65,12 @@ def conclude(
     estimate, high = low, math.inf
     if identifiable and half is not None:
         estimate, low, high = _interval(half, last, reasons)
+        if high > WIDE * low:
+            identifiable = False
+            reasons.append(
+                f"The interval would be {low:.0f} to {high:.0f}, too wide to say how many."
+            )
+            estimate, high = low, math.inf
     return FeatureCount(
         hook_name=rows.name,
         n_neurons=rows.width,
