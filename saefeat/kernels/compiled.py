@@ -13,7 +13,6 @@ from itertools import pairwise
 from typing import Any
 
 import numba
-import numpy as np
 import torch
 
 SMALLEST_SHARE = 64
@@ -35,7 +34,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def share_rows(function: Callable[..., None], n_rows: int, *arguments: Any) -> None:
     """Call `function(low, high, *arguments)` for ranges of rows, one for each thread of torch."""
     n_threads = min(torch.get_num_threads(), max(1, n_rows // SMALLEST_SHARE))
-    bounds = np.linspace(0, n_rows, n_threads + 1).astype(int).tolist()
+    bounds = [n_rows * thread // n_threads for thread in range(n_threads + 1)]
     own, *others = pairwise(bounds)
     tasks = []
     if others:

@@ -64,7 +64,7 @@ def _pursue(
         left = squares[row]
         enough = share * left
         n_picked = 0
-        while n_picked < k and left > enough:
+        while left > enough:
             chosen = _largest(bits[row])
             best = score[chosen]
             if not best > 0:  # nor a number
@@ -72,10 +72,17 @@ def _pursue(
             t = n_picked
             length = math.sqrt(fresh[chosen])
             weight = best / length
-            direction = along[t]
-            direction[:] = gram[chosen]
             for s in range(t):
                 factor[t, s] = along[s, chosen]
+            factor[t, t] = length
+            weights[t] = weight
+            picked[row, t] = chosen
+            left -= weight * weight
+            n_picked += 1
+            if n_picked == k or not left > enough:  # nothing is picked by the scores to come
+                break
+            direction = along[t]
+            direction[:] = gram[chosen]
             # Several earlier directions at a time, so that `direction` is read and written less.
             s = 0
             while s + 8 <= t:
@@ -106,11 +113,6 @@ def _pursue(
                 if fresh[i] < pursuit.DEPENDENT:
                     score[i] = -np.inf
             score[chosen] = -np.inf
-            factor[t, t] = length
-            weights[t] = weight
-            picked[row, t] = chosen
-            left -= weight * weight
-            n_picked += 1
         _refit(factor[:n_picked, :n_picked], weights[:n_picked], values[row])
 
 

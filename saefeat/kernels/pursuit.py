@@ -61,7 +61,7 @@ def _pursue(
     # x ~ sum_t weight_t direction_t, directions being what is new in each pick, at length 1.
     weights = x.new_zeros(n, k)
     factor = torch.eye(k, dtype=x.dtype, device=x.device).repeat(n, 1, 1)
-    along = x.new_empty(n, k, d_sae)  # inner products of directions and atoms
+    along = x.new_empty(n, k - 1, d_sae)  # inner products of directions and atoms
     fresh = x.new_ones(n, d_sae)  # squared length of what is new in each atom
     left = x.square().sum(1)
     enough = share * left
@@ -70,14 +70,16 @@ def _pursue(
         active = (best > 0) & (left > enough)
         length = fresh[rows, chosen].clamp_min(DEPENDENT).sqrt()
         before = along[rows, :t, chosen]
-        direction = gram[chosen] - torch.bmm(before[:, None], along[:, :t]).squeeze(1)
-        direction /= length[:, None]
         weight = torch.where(active, best / length, 0.0)
-        along[:, t] = direction
         picked[:, t] = chosen
         weights[:, t] = weight
         factor[:, t, :t] = before
         factor[:, t, t] = length
+        if t + 1 == k:
+            break
+        direction = gram[chosen] - torch.bmm(before[:, None], along[:, :t]).squeeze(1)
+        direction /= length[:, None]
+        along[:, t] = direction
         fresh -= direction.square()
         scores -= weight[:, None] * direction
         # A row that has stopped goes on with weight 0, which changes none of its codes.
