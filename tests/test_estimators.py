@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import saefeat as sf
-from saefeat.dictionaries.base import Origin
+from saefeat.dictionaries.base import Origin, random_unit_rows
 from saefeat.dictionaries.topk import TopK
 from saefeat.kernels.codes import Codes
 from saefeat.metrics import ablation_costs, fraction_variance_unexplained
@@ -275,6 +275,31 @@ def test_the_width_curve_shows_splitting_and_dead_latents_do_not_count(
     assert len(wide.densities) == len(narrow.densities) == 40
     assert wide.distinct.n_stable == 20
     assert wide.distinct.coverage == 1
+
+
+def test_crosscoders_are_counted_with_every_hook_at_one_scale() -> None:
+    """A hook whose activations are a thousand times as long weighs no more."""
+    generator = torch.Generator().manual_seed(0)
+    on = torch.rand(20_000, 24, generator=generator) < 0.05
+    codes = torch.where(on, 0.5 + torch.rand(on.shape, generator=generator), 0.0)
+    here, there = (codes @ random_unit_rows(24, 16, generator) for _ in range(2))
+    config = sf.CrosscoderConfig(k=2, learning_rate=4e-3)
+    found = []
+    for length in (1, 1024):
+        stream = sf.ActivationStream.from_tensors({"a": here, "b": length * there}, batch_size=512)
+        bank = sf.train(
+            stream, config, expansion_factors=[2], seeds=[0, 1], n_tokens=60_000, progress=False
+        )
+        (counts,) = sae_counts(bank, stream, progress=False)
+        assert (counts.hook_name, counts.d_in) == ("a+b", 32)
+        measured = sf.measure(bank, stream, progress=False).rows
+        assert counts.fvu == pytest.approx([row.fvu for row in measured], rel=1e-3)
+        found.append(counts)
+    alike, longer = found
+    assert alike.distinct.n_stable > 2
+    assert longer.distinct.n_stable == pytest.approx(alike.distinct.n_stable, abs=2)
+    assert longer.distinct.n_observed == pytest.approx(alike.distinct.n_observed, abs=2)
+    assert longer.fvu == pytest.approx(alike.fvu, rel=0.1)
 
 
 def test_a_bank_that_cannot_be_counted_is_refused(stream: sf.ActivationStream) -> None:

@@ -77,15 +77,8 @@ def measure(
             "n_tokens must be at least 2, ce_tokens at least 1, features at least 0 and ablation "
             f"'zero' or 'mean', got {n_tokens}, {ce_tokens}, {features} and {ablation!r}."
         )
-    reads, targets = bank.reads, bank.targets
-    read_hooks = [*bank.hooks, *(one.origin.target_hook_name for one in bank.values())]
-    wanted = dict.fromkeys(hook_name for hook_name in read_hooks if hook_name is not None)
-    missing = [hook_name for hook_name in wanted if hook_name not in stream.hooks]
-    if missing:
-        raise KeyError(
-            f"The stream has no hook {missing[0]!r}, which the bank has dictionaries of; it has "
-            f"{', '.join(stream.hooks)}. Make the stream with hooks=bank.hooks."
-        )
+    targets = bank.targets
+    wanted = bank.needed(stream.hooks)
     if model is not None and stream.held_out_tokens is None:
         raise ValueError(
             "The loss recovered needs held-out tokens, and this stream has none (it was made "
@@ -121,8 +114,7 @@ def measure(
         for name, total in row_sums.items():
             total += rows[name].double().sum(0)
         for key, dictionary in bank.items():
-            x = torch.cat([rows[hook_name] for hook_name in reads[key]], dim=1)
-            target = x if targets[key] == key[0] else rows[targets[key]]
+            x, target = bank.rows_of(key, rows)
             codes = dictionary.encode(x)
             recon = dictionary.decode(codes)
             sparsity[key].update(codes)

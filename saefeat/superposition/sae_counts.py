@@ -8,7 +8,6 @@ from torch import Tensor
 
 from saefeat.activations.stream import ActivationStream
 from saefeat.core.progress import progress_bar
-from saefeat.dictionaries.base import Dictionary
 from saefeat.dictionaries.batch_topk import BatchTopKConfig
 from saefeat.metrics.contribution import AblationCosts
 from saefeat.metrics.sparsity import SparsityCounts
@@ -22,6 +21,7 @@ class SAECounts:
     """Counts of the features at one hook from the seeds of one width, side by side."""
 
     hook_name: str
+    """Of crosscoders, the name of their set of hooks."""
     expansion_factor: float
     d_in: int
     d_sae: int
@@ -84,7 +84,7 @@ def sae_counts(
     Args:
         bank: Dictionaries, at least two seeds of each hook and width.
         stream: A stream with the hooks of the bank; only its held-out part is read.
-        hook_name: The hook to count at; None counts at all.
+        hook_name: The hook to count at, or the name of a crosscoder's set; None counts at all.
         n_tokens: Held-out rows to measure on; fewer if fewer were held out.
         cosine: Least cosine between latents of two seeds that are one feature.
         cost_share: See `costly_latents`.
@@ -98,12 +98,14 @@ def sae_counts(
         ValueError: A hook and width has one seed only, an option is out of range, nothing was held
             out, or the activations do not vary.
     """
-    families = _families(bank, hook_name, stream)
+    families = _families(bank, hook_name)
+    measured = Bank({key: bank[key] for keys in families for key in keys})
+    needed = measured.needed(stream.hooks)
     if n_tokens < 2:
         raise ValueError(f"n_tokens must be at least 2, got {n_tokens}.")
-    measured = {key: bank[key] for keys in families for key in keys}
-    sparsity = {key: SparsityCounts(one.W_dec.norm(dim=1)) for key, one in measured.items()}
-    costs = {key: AblationCosts(one.W_dec) for key, one in measured.items()}
+    decoders = {key: one.balanced(one.W_dec) for key, one in measured.items()}
+    sparsity = {key: SparsityCounts(one.norm(dim=1)) for key, one in decoders.items()}
+    costs = {key: AblationCosts(one) for key, one in decoders.items()}
     n_seen = 0
     bar = progress_bar(
         total=min(n_tokens, stream.n_held_out_rows), unit="tok", desc="counting", shown=progress
@@ -111,35 +113,26 @@ def sae_counts(
     for batch in stream.held_out_batches(n_tokens):
         n_seen += len(next(iter(batch.values())))
         bar.update(n_seen - bar.n)
+        rows = {name: batch[name].cpu().float() for name in needed}
         for key, dictionary in measured.items():
-            codes = dictionary.encode(batch[key[0]].cpu().float())
-            target = batch[bank.targets[key]].cpu().float()
+            x, target = measured.rows_of(key, rows)
+            codes = dictionary.encode(x)
+            recon = dictionary.decode(codes)
             sparsity[key].update(codes)
-            costs[key].update(codes, target, dictionary.decode(codes))
+            costs[key].update(codes, dictionary.balanced(target), dictionary.balanced(recon))
     bar.close()
     return tuple(
-        _counts({key: measured[key] for key in keys}, sparsity, costs, n_seen, cosine, cost_share)
+        _counts(measured, keys, decoders, sparsity, costs, n_seen, cosine, cost_share)
         for keys in families
     )
 
 
-def _families(bank: Bank, hook_name: str | None, stream: ActivationStream) -> list[list[Key]]:
-    """The keys of each hook and width, by hook and then by width."""
-    if hook_name is not None and hook_name not in bank.hooks:
-        raise KeyError(f"The bank has no hook {hook_name!r}; it has {', '.join(bank.hooks)}.")
-    wanted = bank.hooks if hook_name is None else [hook_name]
-    needed = {
-        name
-        for key, target in bank.targets.items()
-        for name in (key[0], target)
-        if key[0] in wanted
-    }
-    missing = sorted(needed.difference(stream.hooks))
-    if missing:
-        raise KeyError(
-            f"The stream has no hook {missing[0]!r}, which the bank has dictionaries of; it has "
-            f"{', '.join(stream.hooks)}. Make the stream with hooks=bank.hooks."
-        )
+def _families(bank: Bank, hook_name: str | None) -> list[list[Key]]:
+    """The keys of each hook, or set of hooks, and width, by hook and then by width."""
+    names = list(dict.fromkeys(key[0] for key in bank))
+    if hook_name is not None and hook_name not in names:
+        raise KeyError(f"The bank has no hook {hook_name!r}; it has {', '.join(names)}.")
+    wanted = names if hook_name is None else [hook_name]
     families: dict[tuple[str, float], list[Key]] = {
         (name, factor): []
         for name in wanted
@@ -158,15 +151,18 @@ def _families(bank: Bank, hook_name: str | None, stream: ActivationStream) -> li
 
 
 def _counts(
-    family: dict[Key, Dictionary],
+    bank: Bank,
+    family: list[Key],
+    decoders_of: dict[Key, Float[Tensor, "d_sae d_out"]],
     sparsity: dict[Key, SparsityCounts],
     costs: dict[Key, AblationCosts],
     n_tokens: int,
     cosine: float,
     cost_share: float,
 ) -> SAECounts:
-    (hook_name, expansion_factor, _), first = next(iter(family.items()))
-    decoders = [one.W_dec.detach().cpu() for one in family.values()]
+    hook_name, expansion_factor, _ = family[0]
+    first = bank[family[0]]
+    decoders = [decoders_of[key] for key in family]
     alive = [sparsity[key].firing > 0 for key in family]
     shares = [costs[key].share_of_variance.cpu() for key in family]
     costly = [costly_latents(share, cost_share) for share in shares]

@@ -1,7 +1,11 @@
 """A bank: the dictionaries that one pass over a stream trained together."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from saefeat.activations.hook_names import natural_order
 from saefeat.core.hub import OnHub
@@ -51,6 +55,30 @@ class Bank(OnHub, Mapping[Key, Dictionary]):
     def targets(self) -> dict[Key, str]:
         """The hook that each dictionary reconstructs: its own, but for transcoders."""
         return {key: one.origin.target_hook_name or key[0] for key, one in self.items()}
+
+    def needed(self, hooks: Collection[str]) -> list[str]:
+        """The hooks that its dictionaries read or reconstruct, each once.
+
+        Raises:
+            KeyError: `hooks`, those of a stream, lack one.
+        """
+        targets = [one.origin.target_hook_name for one in self.values()]
+        needed = [name for name in dict.fromkeys([*self.hooks, *targets]) if name is not None]
+        missing = [name for name in needed if name not in hooks]
+        if missing:
+            raise KeyError(
+                f"The stream has no hook {missing[0]!r}, which the bank has dictionaries of; it "
+                f"has {', '.join(hooks)}. Make the stream with hooks=bank.hooks."
+            )
+        return needed
+
+    def rows_of(
+        self, key: Key, batch: Mapping[str, Float[Tensor, "n _"]]
+    ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
+        """What a dictionary reads of a batch, and what it is to reconstruct."""
+        x = torch.cat([batch[hook_name] for hook_name in self.reads[key]], dim=1)
+        target = self[key].origin.target_hook_name
+        return x, x if target is None else batch[target]
 
     def save(self, folder: str | Path) -> Path:
         """Write every dictionary to `folder/<hook_name>/x<expansion_factor>-seed<seed>/`."""
