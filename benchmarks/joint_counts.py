@@ -5,12 +5,13 @@
 Residual streams of tiny-a (8 layers of width 48, which comes with saefeat) and of a model of its
 shape with random weights, on the sources of Python's standard library. Spans of one, two and four
 neighbouring layers, disjoint among those of a length, are counted jointly by `count_features`,
-and a crosscoder of each is trained. Spans that the CSV has already are left out.
+and crosscoders of each are trained. Spans that the CSV has already are left out.
 
 - directions: that two random starts of matching pursuit share, each layer at one mean norm.
 - low, high, identifiable: the answer of the count; where it is not identifiable, low alone says
   something.
-- n_alive, reuse: of the crosscoder, on held-out rows.
+- n_alive, n_stable, reuse, fvu: of crosscoders from two seeds, on held-out rows: latents that
+  fire, and those that both seeds have found and that cost something to ablate.
 
 At the end the slopes of ln(features) on ln(neurons) are printed, see `metrics.feature_growth`: 0
 where layers share all features, 1 where none, and above 1 where layers together hold more than
@@ -101,9 +102,11 @@ def measured(store: Path, span: range, options: Options) -> dict[str, Any]:
         stream,
         sf.CrosscoderConfig(k=options.k),
         expansion_factors=[options.width * len(hooks)],
+        seeds=[0, 1],
         n_tokens=2 * options.tokens,
     )
-    (row,) = sf.measure(bank, stream, n_tokens=40_000).rows
+    (sae_count,) = sf.sae_counts(bank, stream, n_tokens=40_000)
+    row, _ = sf.measure(bank, stream, n_tokens=40_000).rows
     return {
         "directions": count.steps[-1].n_features,
         "low": round(count.low, 1),
@@ -111,6 +114,7 @@ def measured(store: Path, span: range, options: Options) -> dict[str, Any]:
         "identifiable": count.identifiable,
         "coverage": round(count.coverage, 4),
         "n_alive": row.n_alive,
+        "n_stable": sae_count.distinct.n_stable,
         "reuse": round((row.layer_profile or {"reuse": 1.0})["reuse"], 3),
         "fvu": round(row.fvu, 4),
     }
@@ -121,7 +125,7 @@ def print_slopes(rows: list[dict[str, str]]) -> None:
     for name in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == name]
         neurons = [int(row["n_neurons"]) for row in own]
-        for features in ("directions", "low", "n_alive"):
+        for features in ("directions", "low", "n_alive", "n_stable"):
             growth = sf.metrics.feature_growth([float(row[features]) for row in own], neurons)
             print(f"{name}, {features}: {growth.slope:.2f} +- {growth.standard_error:.2f}")
 
