@@ -1,6 +1,7 @@
 """Files: whole or absent when written, checked when read, never overwritten by accident."""
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,10 @@ import torch
 from saefeat.core.files import (
     check_unclaimed,
     claim_folder,
+    publish_folder,
     read_json,
     read_tensors,
+    temporary_folder,
     write_bytes,
     write_json,
     write_tensors,
@@ -232,3 +235,70 @@ def test_a_file_is_no_folder_to_claim(tmp_path: Path, claim: Callable[..., objec
     with pytest.raises(FileExistsError, match="is a file"):
         claim(tmp_path / "x")
     assert content(tmp_path) == {"x": b"kept"}
+
+
+# Folders.
+
+
+def publish(folder: Path, text: str, **options: bool) -> None:
+    """A folder with one file, made as a whole."""
+    with temporary_folder(folder) as draft:
+        write_bytes(draft / "a", text.encode())
+        publish_folder(draft, folder, **options)
+
+
+def test_a_folder_takes_the_place_of_an_older_one_and_leaves_nothing_else(tmp_path: Path) -> None:
+    publish(tmp_path / "x", "first")
+    publish(tmp_path / "x", "second")
+    assert content(tmp_path) == {"x/a": b"second"}
+
+
+def test_a_kill_while_the_older_folder_is_deleted_leaves_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(tmp_path / "x", "first")
+
+    def killed(folder: Path, **options: bool) -> None:
+        (folder / "a").unlink()
+        raise KeyboardInterrupt
+
+    with temporary_folder(tmp_path / "x") as draft, monkeypatch.context() as patch:
+        write_bytes(draft / "a", b"second")
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            publish_folder(draft, tmp_path / "x")
+    assert content(tmp_path / "x") == {"a": b"second"}
+    publish(tmp_path / "x", "third")
+    assert content(tmp_path) == {"x/a": b"third"}
+
+
+def test_a_folder_that_is_not_to_be_replaced_stays_though_others_made_it_meanwhile(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "x"
+    with temporary_folder(folder, is_shared=True) as slower:
+        write_bytes(slower / "a", b"second")
+        with temporary_folder(folder, is_shared=True) as faster:
+            write_bytes(faster / "a", b"first")
+            publish_folder(faster, folder, replace=False)
+        publish_folder(slower, folder, replace=False)
+    assert content(tmp_path) == {"x/a": b"first"}
+
+
+def test_a_folder_that_is_not_finished_is_gone(tmp_path: Path) -> None:
+    def fail(draft: Path) -> None:
+        write_bytes(draft / "a", b"half")
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"), temporary_folder(tmp_path / "x") as one:
+        fail(one)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_what_a_killed_process_left_of_the_same_folder_is_deleted(tmp_path: Path) -> None:
+    left = tmp_path / f".x.{'0' * 32}"
+    others = [tmp_path / name for name in (f".x.y.{'0' * 32}", ".x.backup", ".x")]
+    for folder in (left, *others):
+        folder.mkdir()
+    publish(tmp_path / "x", "new")
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "x", *others])

@@ -13,7 +13,6 @@ from saefeat.core.devices import fastest_dtype, resolve_device
 from saefeat.models import load_model, packaged
 from saefeat.models.packaged import (
     SMOLLM2_INSTALL,
-    build_atomically,
     cache_folder,
     smollm2_gguf,
 )
@@ -114,33 +113,6 @@ def test_a_missing_gguf_reader_is_an_error_that_gives_the_command(
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'saefeat\[demo\]'"):
         load_model("smollm2-135m")
     assert list(tmp_path.iterdir()) == [], "a half-built folder was left behind"
-
-
-def test_of_two_processes_that_convert_at_once_the_later_keeps_what_the_first_made(
-    tmp_path: Path,
-) -> None:
-    folder = tmp_path / "cache" / "model"
-
-    def faster(unfinished: Path) -> None:
-        (unfinished / "made_by").write_text("first")
-
-    def build(unfinished: Path) -> None:
-        (unfinished / "made_by").write_text("second")
-        build_atomically(folder, faster)
-
-    build_atomically(folder, build)
-    assert [file.name for file in folder.parent.iterdir()] == ["model"]
-    assert (folder / "made_by").read_text() == "first"
-
-
-def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
-    def build(unfinished: Path) -> None:
-        (unfinished / "half").touch()
-        raise OSError("the disk is full")
-
-    with pytest.raises(OSError, match="the disk is full"):
-        build_atomically(tmp_path / "model", build)
-    assert list(tmp_path.iterdir()) == []
 
 
 @needs_packaged_weights

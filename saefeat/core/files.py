@@ -1,5 +1,6 @@
 """Files that are whole or absent: every write is atomic and every read is checked."""
 
+import glob
 import hashlib
 import json
 import math
@@ -184,17 +185,22 @@ def check_unclaimed(folder: str | Path, what: str = "run") -> None:
 
 
 @contextmanager
-def temporary_folder(path: str | Path) -> Iterator[Path]:
+def temporary_folder(path: str | Path, *, is_shared: bool = False) -> Iterator[Path]:
     """A hidden folder beside `path`, to be filled and then given to `publish_folder`.
 
-    It is gone afterwards, whatever happened, unless it was published; so are those that a killed
-    process left of the same place.
+    It is gone afterwards, whatever happened, unless it was published.
+
+    Args:
+        path: The name that the folder is to have.
+        is_shared: Whether other processes may be filling theirs for the same `path`. If not,
+            what a killed process left of one is deleted.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*"):
-        shutil.rmtree(left)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    if not is_shared:
+        for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}"):
+            shutil.rmtree(left)
+    draft = _hidden(path)
     draft.mkdir()
     try:
         yield draft
@@ -202,15 +208,29 @@ def temporary_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def publish_folder(draft: Path, path: str | Path) -> None:
-    """Give a folder that is on disk as a whole its name, in the place of an older one."""
+def publish_folder(draft: Path, path: str | Path, *, replace: bool = True) -> None:
+    """Give a folder, whose files are on disk, its name.
+
+    Args:
+        draft: What `temporary_folder` made.
+        path: The name.
+        replace: Whether it takes the place of an older folder; if not, that one stays.
+    """
     path = Path(path)
     for folder in (draft, *(inner for inner in draft.rglob("*") if inner.is_dir())):
-        _sync(folder)
-    if path.exists():
-        shutil.rmtree(path)
-    draft.rename(path)
-    _sync(path.parent)
+        sync(folder)
+    older = _hidden(path)
+    if replace and path.is_dir():
+        # Deleted only under another name: a kill would leave a part of it under its own.
+        path.rename(older)
+    try:
+        draft.rename(path)
+    except OSError:
+        if replace or not path.is_dir():
+            raise
+    sync(path.parent)
+    if older.is_dir():
+        shutil.rmtree(older)
 
 
 def hash_bytes(data: bytes) -> str:
@@ -231,9 +251,9 @@ def hash_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(folder: Path) -> None:
-    """Have the names in a folder on disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -242,13 +262,16 @@ def _sync(folder: Path) -> None:
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, so that the last step is a rename within one file system.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = _hidden(path)
     try:
         write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _hidden(path: Path) -> Path:
+    """A new name in the same folder, so that the last step is a rename within one file system."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")

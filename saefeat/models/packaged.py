@@ -11,13 +11,13 @@ import importlib.util
 import io
 import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import torch
+
+from saefeat.core.files import publish_folder, sync, temporary_folder
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,10 @@ def smollm2_folder() -> Path:
         logger.warning(
             "Converting the packaged weights of %s, once; takes about 20 s.", SMOLLM2_NAME
         )
-        build_atomically(folder, lambda unfinished: _convert(gguf_file, unfinished))
+        # Others may be converting too, or reading already what the first of them made.
+        with temporary_folder(folder, is_shared=True) as draft:
+            _convert(gguf_file, draft)
+            publish_folder(draft, folder, replace=False)
     return folder
 
 
@@ -114,26 +117,6 @@ def _fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def build_atomically(folder: Path, build: Callable[[Path], None]) -> None:
-    """Fills `folder` in one step, so that no process ever sees half of what belongs in it.
-
-    Args:
-        folder: Where the result goes. If another process gets there first, its result stays.
-        build: Writes the result into the empty folder that it is given.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        build(unfinished)
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
 def _convert(gguf_file: Path, folder: Path) -> None:
     if importlib.util.find_spec(GGUF_PACKAGE) is None:
         raise ModuleNotFoundError(
@@ -155,3 +138,5 @@ def _convert(gguf_file: Path, folder: Path) -> None:
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         plain.load_state_dict(read.state_dict())
         plain.save_pretrained(folder)
+    for file in folder.rglob("*"):
+        sync(file)
