@@ -1,5 +1,6 @@
 """The hook layer against `run_with_cache`, on every TransformerLens class."""
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -264,6 +265,17 @@ def test_rows_are_the_counted_positions_in_order_whatever_the_batch_size(llama: 
     for batch_size in (1, 2, 5, 32):
         rows = read_activations(llama, ids, hook, attention_mask=mask, batch_size=batch_size)
         torch.testing.assert_close(rows[hook], values[mask], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (3, 5), (1, 5), (5,)])
+def test_a_mask_of_another_shape_than_the_tokens_is_refused(
+    llama: Any, shape: tuple[int, ...]
+) -> None:
+    ids, mask = token_ids(2, 5), torch.ones(shape)
+    # The annotations, which nobody but the tests checks, would refuse it too.
+    read = inspect.unwrap(read_activations)
+    with pytest.raises(ValueError, match=r"attention_mask has shape .* and token_ids \[2, 5\]"):
+        read(llama, ids, "blocks.0.hook_resid_pre", attention_mask=mask)
 
 
 def test_one_context_may_be_given_without_a_batch_axis(llama: Any) -> None:

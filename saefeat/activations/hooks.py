@@ -45,8 +45,8 @@ def read_activations(
         the same at every hook. In the model's dtype and on its device.
 
     Raises:
-        ValueError: A hook cannot be read (see `HookReader`), there are no tokens, or the
-            batch size is not positive.
+        ValueError: A hook cannot be read (see `HookReader`), there are no tokens, the mask is
+            not of their shape, or the batch size is not positive.
     """
     if token_ids.ndim > 2 or token_ids.numel() == 0 or batch_size < 1:
         raise ValueError(
@@ -56,19 +56,21 @@ def read_activations(
         )
     token_ids = torch.atleast_2d(token_ids)
     mask = None if attention_mask is None else torch.atleast_2d(attention_mask)
+    if mask is not None and mask.shape != token_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {list(mask.shape)} and token_ids {list(token_ids.shape)}. "
+            "Give a 0 or a 1 for each token."
+        )
     reader = HookReader(model, hooks, flatten_heads=flatten_heads)
     counted = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask.bool()
     n_rows = int(counted.sum())
     rows: dict[str, Tensor] = {}
     filled = 0
-    for ids, counts, part in zip(
-        token_ids.split(batch_size),
-        counted.split(batch_size),
-        [None] * len(token_ids) if mask is None else mask.split(batch_size),
-        strict=False,
-    ):
-        kept = counts.flatten().nonzero().squeeze(1)
-        for name, value in reader.read(ids, part).items():
+    for first in range(0, len(token_ids), batch_size):
+        part = slice(first, first + batch_size)
+        kept = counted[part].flatten().nonzero().squeeze(1)
+        values = reader.read(token_ids[part], None if mask is None else mask[part])
+        for name, value in values.items():
             if name not in rows:
                 rows[name] = value.new_empty(n_rows, value.shape[-1])
             selected = value.flatten(0, 1).index_select(0, kept.to(value.device))
