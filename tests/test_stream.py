@@ -174,6 +174,7 @@ def test_batches_are_ordinary_tensors_of_their_own() -> None:
         ({"a": torch.zeros(4, 2, dtype=torch.long)}, {}, "floating-point"),
         ({"a": torch.zeros(1, 2)}, {}, "none to train on"),
         ({"a": torch.zeros(9, 2)}, {"held_out_fraction": 1.0}, "none to train on"),
+        ({"a": torch.zeros(9, 2)}, {"held_out_fraction": float("nan")}, "is no share"),
         ({"a": torch.zeros(9, 2)}, {"batch_size": 0}, "batch_size=0"),
         ({"a": torch.zeros(9, 2)}, {"seed": -1}, "seed=-1"),
     ],

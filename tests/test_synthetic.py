@@ -144,6 +144,13 @@ def test_a_child_is_on_only_with_its_parent_and_as_often_as_densities_say() -> N
     assert within((on[:, first] * on[:, second]).sum(), expected, N_ROWS)
 
 
+@pytest.mark.parametrize("options", [{}, {"correlation": 0.5}, {"hierarchy": 0.5}])
+def test_all_features_may_be_in_pairs(options: dict[str, float]) -> None:
+    truth = make(n_features=4, n_pairs=2, pair_density=0.3, **options)
+    assert truth.densities.tolist() == [0.3] * 4
+    assert within(firing(truth).sum(dim=0), truth.densities, N_ROWS)
+
+
 def test_pairs_are_the_last_features_and_independent() -> None:
     truth = make(n_pairs=2, pair_density=0.3, correlation=0.5)
     assert truth.pairs.tolist() == [[36, 37], [38, 39]]

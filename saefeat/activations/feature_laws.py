@@ -46,7 +46,7 @@ def spread_densities(
             "'log_uniform'."
         )
     densities = mean * weights / weights.mean()
-    if densities[0] > 1:
+    if (densities > 1).any():
         raise ValueError(
             f"A mean density of {mean} over {n} features that are distributed as {distribution} "
             f"puts the largest at {float(densities[0]):.3g}, above 1. Lower the density, or make "

@@ -69,8 +69,8 @@ def split_rows(
             "device that agree in n, row i being the same sample in each."
         )
     n_rows = len(next(iter(tensors.values())))
-    n_held_out = 0 if held_out_fraction == 0 else max(1, round(held_out_fraction * n_rows))
-    if held_out_fraction < 0 or n_held_out >= n_rows:
+    n_held_out = max(1, round(held_out_fraction * n_rows)) if 0 < held_out_fraction < 1 else 0
+    if not 0 <= held_out_fraction < 1 or n_held_out >= n_rows:
         raise ValueError(
             f"held_out_fraction={held_out_fraction} of {n_rows} rows leaves none to train on "
             "or is no share; it must be at least 0 and below 1."
