@@ -698,6 +698,18 @@ def test_a_full_disk_loses_nothing_wherever_it_strikes(
     assert_same(in_order(tmp_path / "acts"), joined(numbered()))
 
 
+def test_links_that_lead_nowhere_are_no_files_of_a_store(tmp_path: Path) -> None:
+    cache(numbered(), tmp_path / "acts")
+    # As editors leave them to say who has a file open.
+    (tmp_path / "acts" / ".#index.json").symlink_to("me@host.1")
+    assert sf.ActivationStream.from_store(tmp_path / "acts").hooks == ["a", "b"]
+    shard = tmp_path / "acts" / "shard-00001.safetensors"
+    shard.unlink()
+    shard.symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match=f"{shard} is missing"):
+        sf.ActivationStream.from_store(tmp_path / "acts")
+
+
 # Elsewhere than on this machine's disk.
 
 
@@ -728,6 +740,18 @@ def test_what_is_fetched_at_once_is_bounded_by_what_the_stream_says() -> None:
     for _ in stream:
         held = sum(x.nbytes for x in stream._source._files._held.values())  # type: ignore
         assert 0 < held <= stream.buffer_bytes < 1600 * 32
+
+
+def test_a_shard_that_cannot_be_fetched_is_the_error_of_its_file_system() -> None:
+    url = "memory://bucket/lost"
+    store = cache(numbered(), url, shuffle=False)
+    stream = sf.ActivationStream.from_store(url, batch_size=64)
+    batches = iter(stream.epoch(shuffle=False))
+    next(batches)
+    for one in store.index.shards:
+        store._folder.remove(one.file)
+    with pytest.raises(FileNotFoundError, match="lost/shard-"):
+        list(batches)
 
 
 def test_damage_at_a_url_is_found_and_named() -> None:

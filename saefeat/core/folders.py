@@ -6,6 +6,7 @@ Files are written whole: on this machine by a rename, elsewhere by one upload, w
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -37,7 +38,11 @@ class Folder(Protocol):
         ...
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Bytes `start` up to `stop` of a file, for each range."""
+        """Bytes `start` up to `stop` of a file, for each range.
+
+        Raises:
+            OSError: There is no such file, or it cannot be read.
+        """
         ...
 
     def remove(self, name: str) -> None:
@@ -59,7 +64,12 @@ class LocalFolder:
             raise FileExistsError(f"{self.path} is a file, and a folder is needed.")
         if not self.path.is_dir():
             return {}
-        return {path.name: path.stat().st_size for path in self.path.iterdir()}
+        sizes = {}
+        for path in self.path.iterdir():
+            # A writer may have renamed it meanwhile, and a link may lead nowhere.
+            with suppress(FileNotFoundError):
+                sizes[path.name] = path.stat().st_size
+        return sizes
 
     def write(self, name: str, data: bytes) -> None:
         write_bytes(self.path / name, data)
@@ -122,7 +132,11 @@ class RemoteFolder:
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         paths = [self.path(name)] * len(ranges)
         starts, stops = zip(*ranges, strict=True) if ranges else ((), ())
-        found: list[bytes] = self.file_system.cat_ranges(paths, list(starts), list(stops))
+        found: list[Any] = self.file_system.cat_ranges(paths, list(starts), list(stops))
+        # fsspec gives errors back in the place of bytes; not every version can be told to raise.
+        for one in found:
+            if isinstance(one, Exception):
+                raise one
         return found
 
     def remove(self, name: str) -> None:
