@@ -72,6 +72,7 @@ def test_one_folder_of_a_repository_is_fetched_without_the_others(
     dictionary.push_to_hub("user/saes", path_in_repo="layers/[1]")
     other.push_to_hub("user/saes", path_in_repo="layers/1")
     assert_same(sf.Dictionary.from_hub("user/saes", path_in_repo="layers/[1]"), dictionary)
+    assert_same(sf.Dictionary.from_hub("user/saes", path_in_repo="layers/[1]/"), dictionary)
     fetched = {path.parent.name for path in (tmp_path / "cache").rglob("cfg.json")}
     assert fetched == {"[1]"}
     assert_same(

@@ -90,6 +90,7 @@ class OnHub:
         """
         from huggingface_hub import snapshot_download
 
+        path_in_repo = path_in_repo.strip("/")
         # In these patterns * crosses slashes.
         patterns = f"{glob.escape(path_in_repo)}/*" if path_in_repo else None
         root = snapshot_download(
