@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +60,19 @@ def test_a_model_object_is_never_converted_or_moved() -> None:
     model = tiny_model("bridge of GPT-2")
     with pytest.raises(ValueError, match=r"bfloat16.*torch\.float32"):
         load_model(model, dtype="bfloat16")
+
+
+def test_a_model_on_another_gpu_than_was_asked_for_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    weight = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float32)
+    model = SimpleNamespace(hook_dict={}, add_hook=None, parameters=lambda: iter([weight]))
+    for device in ("auto", "cuda", "cuda:0"):
+        assert load_model(model, device=device) is model
+    for device in ("cuda:1", "cpu"):
+        with pytest.raises(ValueError, match=f"device={device} was asked for.*on cuda:0"):
+            load_model(model, device=device)
 
 
 def test_bad_names_each_give_one_clear_error(tmp_path: Path) -> None:

@@ -15,8 +15,6 @@ from saefeat.models.packaged import (
     smollm2_folder,
 )
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 def load_model(
     model: Any,
@@ -43,6 +41,7 @@ def load_model(
     Raises:
         FileNotFoundError: A path was given at which there is no model folder.
         ModuleNotFoundError: The package with the weights, or one to read them, is missing.
+        OSError: The hub has no model of that name, or cannot be reached.
         TypeError: `model` is neither a name nor a TransformerLens model.
         ValueError: The dtype or device is unknown, or other than that of a model object.
     """
@@ -95,8 +94,9 @@ def _boot(source: str | Path, name: str, dtype: torch.dtype, device: torch.devic
 def _named_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         return dtype
-    if dtype in DTYPES:
-        return DTYPES[str(dtype)]
+    if dtype in ("float32", "bfloat16"):
+        named: torch.dtype = getattr(torch, str(dtype))
+        return named
     raise ValueError(f"dtype={dtype!r} is not one of 'auto', 'float32', 'bfloat16', a torch dtype.")
 
 
@@ -108,7 +108,10 @@ def _check_placement(model: Any, dtype: str | torch.dtype, device: str | torch.d
             f"dtype={dtype} was asked for, but the model given is in {weight.dtype}. A model "
             "object is used as it is; convert it first by model.to(dtype)."
         )
-    if device != "auto" and weight.device.type != resolve_device(device).type:
+    wanted = weight.device if device == "auto" else resolve_device(device)
+    # "cuda" is any GPU, "cuda:1" is one.
+    numbers = {wanted.index, weight.device.index} - {None}
+    if wanted.type != weight.device.type or len(numbers) > 1:
         raise ValueError(
             f"device={device} was asked for, but the model given is on {weight.device}. A model "
             "object is used as it is; move it first by model.to(device)."

@@ -15,7 +15,7 @@ from torch import Tensor
 from saefeat.models.zoo.corpus import Corpus
 from saefeat.models.zoo.decoder import initial_weights
 from saefeat.models.zoo.network import Network
-from saefeat.models.zoo.options import DTYPES, TrainingOptions
+from saefeat.models.zoo.options import TrainingOptions
 from saefeat.models.zoo.shapes import Shape
 
 VALIDATION_CONTEXTS = 16
@@ -44,7 +44,7 @@ class Optimisation:
             shape,
             self.weights,
             n_contexts=options.contexts_per_step,
-            dtype=DTYPES[options.dtype],
+            dtype=getattr(torch, options.dtype),
             **sizes,
         )
         self._validator = Network(

@@ -9,8 +9,6 @@ from saefeat.core.devices import fastest_dtype
 from saefeat.models.zoo.shapes import Shape
 from saefeat.models.zoo.tokenizer import BYTE_VOCABULARY
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingOptions:
@@ -64,7 +62,7 @@ class TrainingOptions:
             raise ValueError(f"decay_fraction={self.decay_fraction} is not between 0 and 1.")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate={self.learning_rate} is not a number above 0.")
-        if self.dtype not in ("auto", *DTYPES):
+        if self.dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"dtype={self.dtype!r} is not one of 'auto', 'bfloat16', 'float32'.")
         if self.vocabulary_size < BYTE_VOCABULARY:
             raise ValueError(
@@ -96,8 +94,7 @@ class TrainingOptions:
         """With the rate and the dtype that a shape and this machine get."""
         dtype = self.dtype
         if dtype == "auto":
-            fast = fastest_dtype(torch.device("cpu"))
-            dtype = "bfloat16" if fast == torch.bfloat16 else "float32"
+            dtype = str(fastest_dtype(torch.device("cpu"))).removeprefix("torch.")
         rate = self.learning_rate or default_learning_rate(shape)
         return replace(self, learning_rate=rate, dtype=dtype)
 
