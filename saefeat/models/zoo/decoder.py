@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saefeat.core.files import (
     publish_folder,
+    read_json,
     read_tensors,
     temporary_folder,
     write_bytes,
@@ -110,7 +111,7 @@ def write_model(
 
 def read_weights(folder: Path) -> Float[Tensor, " n"]:
     """All parameters of a model's folder as float32, in the order of `parameter_sizes`."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     shape = Shape(config["n_layer"], config["n_embd"], config["n_head"])
     sizes = parameter_sizes(shape, config["vocab_size"], config["n_positions"])
     parameters = read_tensors(folder / "model.safetensors")

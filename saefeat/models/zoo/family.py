@@ -101,14 +101,12 @@ def train_family(
     with multiprocessing.get_context("spawn").Manager() as manager:
         steps: Queue[int] = manager.Queue()
 
-        def trained(name: str, targets: Sequence[float | None]) -> tuple[ZooModel, ...]:
+        def trained(name: str, target: float | None) -> tuple[ZooModel, ...]:
             # Deep models take longest: none of them is left for the end.
             order = sorted(range(len(places)), key=lambda i: -places[i][0].n_layers)
-            calls = [
-                (*places[i], corpus, options, out, targets[i], tolerance, steps) for i in order
-            ]
+            calls = [(*places[i], corpus, options, out, target, tolerance, steps) for i in order]
             total = len(calls) * (options.n_tokens // options.tokens_per_step)
-            known = total if targets[0] is None else None
+            known = total if target is None else None
             with progress_bar(desc=name, unit="step", total=known, shown=progress) as bar:
 
                 def look() -> None:
@@ -119,10 +117,10 @@ def train_family(
             in_place = dict(zip(order, models, strict=True))
             return tuple(in_place[i] for i in range(len(places)))
 
-        whole = trained("models", [None] * len(places))
+        whole = trained("models", None)
         if target_loss is None:
             target_loss = max(model.validation_loss for model in whole)
-        equal = trained("equal loss", [target_loss] * len(places)) if equal_loss else ()
+        equal = trained("equal loss", target_loss) if equal_loss else ()
     return Family(equal_loss=equal, equal_tokens=whole, target_loss=target_loss)
 
 

@@ -82,11 +82,11 @@ class Network:
     ) -> None:
         self.shape, self.weights, self.dtype = shape, weights, dtype
         sizes = parameter_sizes(shape, vocabulary_size, context_size)
-        self.n_matrix_weights = sum(math.prod(size) for size in sizes.values() if len(size) == 2)
-        self.n_matrix_weights -= (vocabulary_size + context_size) * shape.d_model
         self._batch = (n_contexts, context_size)
         self._values = _arrays(named_views(weights, sizes))
+        # Four of each layer, and the unembedding.
         matrices = dict(list(sizes.items())[: 4 * shape.n_layers + 1])
+        self.n_matrix_weights = sum(math.prod(size) for size in matrices.values())
         self._rounded = weights[: self.n_matrix_weights]
         if dtype != torch.float32:
             self._rounded = self._rounded.to(dtype)

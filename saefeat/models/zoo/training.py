@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from saefeat.core.files import (
     hash_bytes,
@@ -28,6 +27,7 @@ from saefeat.core.files import (
 )
 from saefeat.core.folders import LocalFolder
 from saefeat.core.locks import WriterLock
+from saefeat.core.progress import progress_bar
 from saefeat.models.zoo.corpus import Corpus, tokenised
 from saefeat.models.zoo.decoder import write_model
 from saefeat.models.zoo.optimisation import Optimisation, one_thread
@@ -93,23 +93,20 @@ def train_model(
     whole = run.finished(options.n_stable_steps)
     if whole is not None and target_loss is None:
         return whole
-    with WriterLock(LocalFolder(run.folder)), one_thread():
-        bar = None
-        if progress is True:
-            n_steps = options.n_tokens // options.tokens_per_step
-            label = f"{shape.label} seed {seed}"
-            bar = tqdm(total=n_steps, unit="step", desc=label, disable=whole is not None)
-            run.report = _draw_on(bar)
-        elif callable(progress):
-            run.report = progress
-        try:
-            whole = run.decayed(options.n_stable_steps)
-            if target_loss is None:
-                return whole
-            return _decayed_to(run, whole, target_loss, tolerance)
-        finally:
-            if bar is not None:
-                bar.close()
+    with (
+        WriterLock(LocalFolder(run.folder)),
+        one_thread(),
+        progress_bar(
+            desc=f"{shape.label} seed {seed}",
+            unit="step",
+            total=options.n_tokens // options.tokens_per_step,
+            # How many steps a search for the target takes is not known.
+            shown=progress is True and whole is None,
+        ) as bar,
+    ):
+        run.report = progress if callable(progress) else _draw_on(bar)
+        whole = run.decayed(options.n_stable_steps)
+        return whole if target_loss is None else _decayed_to(run, whole, target_loss, tolerance)
 
 
 class _Run:
@@ -133,7 +130,6 @@ class _Run:
         digest = hash_bytes(json.dumps(deciding, sort_keys=True).encode())
         self.folder = out / f"{shape.label}-seed{seed}-{digest[:12]}"
         self._curve: list[list[float]] = []
-        self._model: Optimisation | None = None
         self.interval = -(-options.n_stable_steps // options.n_snapshots)
 
     def finished(self, n_stable_steps: int) -> ZooModel | None:
@@ -182,8 +178,6 @@ class _Run:
                 record=record,
             )
             publish_folder(draft, folder)
-        # It has left the stable phase.
-        self._model = None
         return read_model(folder)
 
     def _decay_folder(self, n_stable_steps: int) -> Path:
