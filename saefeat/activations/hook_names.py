@@ -20,7 +20,11 @@ def resolve_hooks(model: Any, hooks: str | Sequence[str]) -> list[str]:
     Raises:
         ValueError: A name is unknown or a pattern matches nothing; near matches are listed.
     """
-    known = list(model.hook_dict)
+    return matching_hooks(list(model.hook_dict), hooks, owner="model")
+
+
+def matching_hooks(known: Sequence[str], hooks: str | Sequence[str], *, owner: str) -> list[str]:
+    """`resolve_hooks` among known names; `owner` is what an error calls that which has them."""
     resolved: dict[str, None] = {}
     for request in [hooks] if isinstance(hooks, str) else hooks:
         if request in known:
@@ -28,7 +32,7 @@ def resolve_hooks(model: Any, hooks: str | Sequence[str]) -> list[str]:
         else:
             matches = sorted((n for n in known if fnmatchcase(n, request)), key=natural_order)
         if not matches:
-            raise ValueError(_unknown_hook(request, known))
+            raise ValueError(_unknown_hook(request, known, owner))
         resolved.update(dict.fromkeys(matches))
     if not resolved:
         raise ValueError("No hook was asked for. Name at least one, or a pattern that matches.")
@@ -40,10 +44,13 @@ def natural_order(name: str) -> list[str | int]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _unknown_hook(request: str, known: Sequence[str]) -> str:
+def _unknown_hook(request: str, known: Sequence[str], owner: str) -> str:
     near = difflib.get_close_matches(request, known, n=5, cutoff=0.5)
-    message = f"No hook of the model matches {request!r}. "
-    message += f"Near matches: {', '.join(near)}." if near else "List them by model.hook_dict."
+    message = f"No hook of the {owner} matches {request!r}. "
+    if near:
+        message += f"Near matches: {', '.join(near)}."
+    else:
+        message += f"It has {len(known)}, such as {', '.join(known[:5])}."
     if "hook_resid_mid" in request:
         message += (
             " Models whose attention and MLP run in parallel (GPT-NeoX, GPT-J, Phi) have no "

@@ -161,7 +161,8 @@ def cache_activations(
         writer = StoreWriter(place, index, lock, rows)
         writer.remove_leftovers()
         if append or not index.runs:
-            _begin_run(writer, run)
+            index.runs.append(run)
+            writer.publish()
         else:
             check_same_stream(place, index, run)
         index.runs[-1].n_tokens, index.runs[-1].is_complete = n_tokens, False
@@ -217,11 +218,6 @@ def _first(batches: Iterator[Batch], n_rows: int) -> Iterator[tuple[int, Batch]]
         n_passed += len(next(iter(part.values())))
         if n_passed >= n_rows:
             return
-
-
-def _begin_run(writer: StoreWriter, run: StoredRun) -> None:
-    writer.index.runs.append(run)
-    writer.publish()
 
 
 def _n_wanted(

@@ -9,6 +9,7 @@ from saefeat.activations.store_index import (
     SCALES,
     StoredRun,
     StoreIndex,
+    item_bytes,
     read_index,
 )
 from saefeat.activations.store_reader import first_rows
@@ -33,6 +34,11 @@ def check_options(
     resume: bool,
     append: bool,
 ) -> None:
+    """Refuse what `cache_activations` cannot do, before anything is read.
+
+    Raises:
+        ValueError: An option is out of range, unknown, or at odds with another or the stream.
+    """
     for name, value, least in (
         ("n_tokens", n_tokens, 1),
         ("held_out_tokens", held_out_tokens, 0),
@@ -62,7 +68,11 @@ def check_options(
 
 
 def new_index(stream: ActivationStream, dtype: str | None, shuffle: bool) -> StoreIndex:
-    """The index of a store of this stream that has no rows yet."""
+    """The index of a store of this stream that has no rows yet.
+
+    Raises:
+        ValueError: No dtype is asked for, and the stream has several, or one that is not stored.
+    """
     if dtype is None:
         dtypes = {str(one).removeprefix("torch.") for one in stream.dtypes.values()}
         if len(dtypes) > 1 or not dtypes <= set(DTYPES):
@@ -72,7 +82,7 @@ def new_index(stream: ActivationStream, dtype: str | None, shuffle: bool) -> Sto
             )
         dtype = dtypes.pop()
     tokens = stream.held_out_tokens
-    widest = max(stream.widths.values()) * {"float32": 4, "int8": 1}.get(dtype, 2)
+    widest = max(stream.widths.values()) * item_bytes(dtype)
     return StoreIndex(
         model=stream.model_name,
         hooks=list(stream.hooks),
@@ -87,7 +97,12 @@ def new_index(stream: ActivationStream, dtype: str | None, shuffle: bool) -> Sto
 
 
 def existing_index(place: LocalFolder | RemoteFolder, is_welcome: bool) -> StoreIndex | None:
-    """The index that is there; None if there is none and the folder may be taken."""
+    """The index that is there; None if there is none and the folder may be taken.
+
+    Raises:
+        FileExistsError: There are files, and the store is not `is_welcome`, or they are no store.
+        ValueError: The index is damaged, or of another version.
+    """
     names = [name for name in place.sizes() if name != LOCK_NAME]
     if names and not is_welcome:
         raise FileExistsError(
@@ -104,6 +119,11 @@ def existing_index(place: LocalFolder | RemoteFolder, is_welcome: bool) -> Store
 
 
 def check_same_kind(place: LocalFolder | RemoteFolder, index: StoreIndex, new: StoreIndex) -> None:
+    """That a store can hold rows of a stream, whose own index would be `new`.
+
+    Raises:
+        ValueError: Model, hooks, widths, dtype or contexts are others.
+    """
     for name in ("model", "hooks", "widths", "dtype", "has_tokens", "context_size", "prepend_bos"):
         there, here = getattr(index, name), getattr(new, name)
         if there != here:
@@ -114,7 +134,11 @@ def check_same_kind(place: LocalFolder | RemoteFolder, index: StoreIndex, new: S
 
 
 def check_same_stream(place: LocalFolder | RemoteFolder, index: StoreIndex, run: StoredRun) -> None:
-    """That the stream is the one of the last run, as far as its numbers tell."""
+    """That the stream is the one of the last run, as far as its numbers tell.
+
+    Raises:
+        ValueError: A number is another.
+    """
     differences = index.runs[-1].differences(run)
     if differences:
         raise ValueError(
@@ -125,6 +149,11 @@ def check_same_stream(place: LocalFolder | RemoteFolder, index: StoreIndex, run:
 def check_first_rows(
     place: LocalFolder | RemoteFolder, index: StoreIndex, split: str, batch: Batch
 ) -> None:
+    """That the rows of a split that the last run stored first are those that are drawn again.
+
+    Raises:
+        ValueError: They are others, by more than rounding explains.
+    """
     stored = first_rows(place, index, split, run=len(index.runs) - 1)
     if stored is None:
         return

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
 
+import torch
+
 from saefeat.activations.sources import POSITIONS, TOKEN_IDS
 from saefeat.core.files import LARGEST_JSON, hash_bytes, parse_json
 from saefeat.core.folders import Folder
@@ -114,9 +116,8 @@ class StoreIndex:
     @property
     def row_bytes(self) -> int:
         """Bytes that a row takes in a shard, all hooks together."""
-        size = {"float32": 4, "int8": 1}.get(self.dtype, 2)
         scales = 4 * len(self.hooks) if self.dtype == "int8" else 0
-        return size * sum(self.widths.values()) + scales + 8 * self.has_tokens
+        return item_bytes(self.dtype) * sum(self.widths.values()) + scales + 8 * self.has_tokens
 
     def columns(self, n_rows: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """The tensors of a shard: for each the dtype, as safetensors names it, and the shape."""
@@ -133,6 +134,11 @@ class StoreIndex:
     def files(self) -> list[StoredFile]:
         """Everything that must be there."""
         return [*self.shards, *self.held_out_contexts]
+
+
+def item_bytes(dtype: str) -> int:
+    """Bytes of a number in a dtype of `DTYPES`."""
+    return int(getattr(torch, dtype).itemsize)
 
 
 def encode_index(index: StoreIndex) -> bytes:

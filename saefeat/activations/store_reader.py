@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from saefeat.activations.hook_names import resolve_hooks
+from saefeat.activations.hook_names import matching_hooks
 from saefeat.activations.sources import Chunk
 from saefeat.activations.store_index import (
     HELD_OUT,
@@ -57,8 +56,7 @@ def open_store_sources(
     window_rows = buffer_rows
     if buffer_rows is None and not all(run.is_shuffled for run in index.runs):
         window_rows = rows_to_mix(batch_size, None)
-    known = SimpleNamespace(hook_dict=index.widths)
-    chosen = index.hooks if hooks is None else resolve_hooks(known, hooks)
+    chosen = index.hooks if hooks is None else matching_hooks(index.hooks, hooks, owner="store")
     train, held_out = (
         StoreSource(
             folder,

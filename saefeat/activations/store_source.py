@@ -12,12 +12,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from saefeat.activations.quantise import dequantise
-from saefeat.activations.shard_files import TORCH_DTYPES, Blocks, FetchedBlocks, MappedShards
+from saefeat.activations.shard_files import (
+    TORCH_DTYPES,
+    Blocks,
+    FetchedBlocks,
+    MappedShards,
+    Numbers,
+)
 from saefeat.activations.sources import (
     POSITIONS,
     TOKEN_IDS,
@@ -27,11 +32,7 @@ from saefeat.activations.sources import (
     Progress,
     fingerprint,
 )
-from saefeat.activations.store_index import (
-    SCALES,
-    StoredFile,
-    StoreIndex,
-)
+from saefeat.activations.store_index import SCALES, StoredFile, StoreIndex
 from saefeat.core.folders import LocalFolder, RemoteFolder
 
 LEAST_BLOCKS = 64
@@ -39,7 +40,6 @@ LEAST_BLOCKS = 64
 
 Span = tuple[int, slice | Tensor]
 """A piece, and rows of it."""
-Numbers = npt.NDArray[np.int64]
 
 
 class StoreSource:
