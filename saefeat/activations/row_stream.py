@@ -31,15 +31,7 @@ from saefeat.core.distributed import ALONE, Ranks
 
 
 class RowStream:
-    """Activations as batches {hook name: [n, d]}, row i being the same token at every hook.
-
-    Each epoch visits the items of the source (contexts of a text, rows of a tensor) in a new
-    random order, and draws batches at random from a buffer that is refilled as it empties, so
-    that a batch mixes tokens of many contexts. Every row comes once in an epoch. The seed
-    decides all of it: each iteration starts from it, and gives the same batches again.
-
-    Batches are new tensors, in the dtype and on the device of the source.
-    """
+    """What an `ActivationStream` is, from whatever source its rows come."""
 
     def __init__(
         self,
