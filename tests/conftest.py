@@ -50,9 +50,8 @@ def smollm2():
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
     """A server in the place of the Hugging Face hub, and a cache of its own."""
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    constants = huggingface_hub.constants
     with local_hub() as server:
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
