@@ -10,7 +10,8 @@ from tiny_models import EVERY_MODEL, N_HEADS, N_LAYERS, WIDTH, tiny_model, token
 
 from saefeat.activations.hook_names import resolve_hooks
 from saefeat.activations.hook_reader import HookReader
-from saefeat.activations.hooks import read_activations, replaced_activations
+from saefeat.activations.hooks import read_activations
+from saefeat.activations.replacing import replaced_activations
 
 CAUSAL = ["bridge of GPT-2", "bridge of Llama", "bridge of GPT-NeoX", "HookedTransformer"]
 PARALLEL = ["bridge of GPT-NeoX", "HookedTransformer, parallel"]

@@ -2,7 +2,8 @@
 
 from saefeat.activations.hook_names import resolve_hooks
 from saefeat.activations.hook_reader import HookReader
-from saefeat.activations.hooks import read_activations, replaced_activations
+from saefeat.activations.hooks import read_activations
+from saefeat.activations.replacing import replaced_activations
 from saefeat.activations.store import ActivationStore, cache_activations
 from saefeat.activations.stream import ActivationStream
 from saefeat.activations.synthetic import SyntheticActivations

@@ -1,4 +1,4 @@
-"""Reads and replaces activations at the hook points of a TransformerLens model.
+"""Reads activations at the hook points of a TransformerLens model.
 
 The model is known by duck typing: `hook_dict` names its hook points, and calling it runs it.
 That holds for every TransformerLens class of versions 3.9 and 4.x, and keeps TransformerLens
@@ -7,16 +7,13 @@ itself out of this room.
 Shape letters: b contexts, s positions in a context, d width of a hook (heads flattened), n rows.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saefeat.activations.hook_names import resolve_hooks
-from saefeat.activations.hook_points import attached
 from saefeat.activations.hook_reader import HookReader
 
 
@@ -77,53 +74,3 @@ def read_activations(
             rows[name][filled : filled + len(kept)] = selected
         filled += len(kept)
     return rows
-
-
-@contextmanager
-def replaced_activations(
-    model: Any,
-    hook_name: str,
-    function: Callable[[Tensor, Tensor], Tensor],
-    source: str | None = None,
-) -> Iterator[None]:
-    """While it is open, every forward of `model` goes on with what `function` makes of a hook.
-
-    Args:
-        model: A TransformerLens model.
-        hook_name: One hook.
-        function: Is given the hook's value as [b, s, d], heads flattened, and that of `source`,
-            and returns a tensor of the first one's shape, which is converted to the model's
-            dtype. It must not change what it is given.
-        source: A hook that is reached before; None for `hook_name` itself.
-
-    Raises:
-        ValueError: A name is unknown or stands for several hooks, or, in a forward,
-            `function` returns another shape or `source` was not reached before.
-    """
-    name, source_name = (_only_hook(model, one) for one in (hook_name, source or hook_name))
-    read: list[Tensor] = []
-
-    def keep(value: Tensor, hook: Any) -> None:
-        read[:] = [value.flatten(2)]
-
-    def replace(value: Tensor, hook: Any) -> Tensor:
-        if not read:
-            raise ValueError(f"{source_name} is not reached before {name}, which it replaces.")
-        given = value.flatten(2)
-        replaced = function(given, read.pop())
-        if replaced.shape != given.shape:
-            raise ValueError(
-                f"The replacement at {name} has shape {list(replaced.shape)}, but "
-                f"{list(given.shape)} was given. It must return one vector for each position."
-            )
-        return replaced.to(value.dtype).reshape(value.shape)
-
-    with attached([(model.hook_dict[source_name], keep), (model.hook_dict[name], replace)]):
-        yield
-
-
-def _only_hook(model: Any, request: str) -> str:
-    names = resolve_hooks(model, request)
-    if len(names) != 1:
-        raise ValueError(f"{request!r} stands for {len(names)} hooks; replace one at a time.")
-    return names[0]

@@ -1,4 +1,4 @@
-"""Replaces the rows of a hook that count, and leaves the other positions as they are.
+"""Replaces what a model computes at a hook, all of it or the rows that count.
 
 Shape letters: b contexts, s positions in a context, n rows that are replaced, d width of the hook,
 d_in width of the hook that the replacement is made of.
@@ -12,7 +12,51 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saefeat.activations.hooks import replaced_activations
+from saefeat.activations.hook_names import resolve_hooks
+from saefeat.activations.hook_points import attached
+
+
+@contextmanager
+def replaced_activations(
+    model: Any,
+    hook_name: str,
+    function: Callable[[Tensor, Tensor], Tensor],
+    source: str | None = None,
+) -> Iterator[None]:
+    """While it is open, every forward of `model` goes on with what `function` makes of a hook.
+
+    Args:
+        model: A TransformerLens model.
+        hook_name: One hook.
+        function: Is given the hook's value as [b, s, d], heads flattened, and that of `source`,
+            and returns a tensor of the first one's shape, which is converted to the model's
+            dtype. It must not change what it is given.
+        source: A hook that is reached before; None for `hook_name` itself.
+
+    Raises:
+        ValueError: A name is unknown or stands for several hooks, or, in a forward,
+            `function` returns another shape or `source` was not reached before.
+    """
+    name, source_name = (_only_hook(model, one) for one in (hook_name, source or hook_name))
+    read: list[Tensor] = []
+
+    def keep(value: Tensor, hook: Any) -> None:
+        read[:] = [value.flatten(2)]
+
+    def replace(value: Tensor, hook: Any) -> Tensor:
+        if not read:
+            raise ValueError(f"{source_name} is not reached before {name}, which it replaces.")
+        given = value.flatten(2)
+        replaced = function(given, read.pop())
+        if replaced.shape != given.shape:
+            raise ValueError(
+                f"The replacement at {name} has shape {list(replaced.shape)}, but "
+                f"{list(given.shape)} was given. It must return one vector for each position."
+            )
+        return replaced.to(value.dtype).reshape(value.shape)
+
+    with attached([(model.hook_dict[source_name], keep), (model.hook_dict[name], replace)]):
+        yield
 
 
 @contextmanager
@@ -67,3 +111,10 @@ def replaced_rows(
 
     with replaced_activations(model, hook_name, replace, source):
         yield
+
+
+def _only_hook(model: Any, request: str) -> str:
+    names = resolve_hooks(model, request)
+    if len(names) != 1:
+        raise ValueError(f"{request!r} stands for {len(names)} hooks; replace one at a time.")
+    return names[0]
