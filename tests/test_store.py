@@ -1,5 +1,6 @@
 """The store: what is written is what is read, and what goes wrong is said and loses nothing."""
 
+import asyncio
 import errno
 import json
 import logging
@@ -8,8 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import numpy as np
@@ -766,6 +769,33 @@ def test_damage_at_a_url_is_found_and_named() -> None:
     store._folder.remove(name)
     with pytest.raises(FileNotFoundError, match=f"{url}/{name} is missing"):
         sf.ActivationStream.from_store(url)
+
+
+def test_a_store_is_read_from_a_web_server(tmp_path: Path) -> None:
+    web = pytest.importorskip("aiohttp.web")
+    cache(numbered(), tmp_path / "acts")
+    app = web.Application()
+    app.router.add_static("/", tmp_path, show_index=True)
+    loop, runner, ports = asyncio.new_event_loop(), web.AppRunner(app), Queue[int]()
+
+    def serve() -> None:
+        loop.run_until_complete(runner.setup())
+        loop.run_until_complete(web.TCPSite(runner, "127.0.0.1", 0).start())
+        ports.put(runner.addresses[0][1])
+        loop.run_forever()
+        loop.run_until_complete(runner.cleanup())
+        loop.close()
+
+    server = threading.Thread(target=serve)
+    server.start()
+    try:
+        url = f"http://127.0.0.1:{ports.get(timeout=60)}/acts"
+        sf.ActivationStore(url).verify()
+        here = sf.ActivationStream.from_store(tmp_path / "acts", batch_size=64)
+        assert_same(joined(here), joined(sf.ActivationStream.from_store(url, batch_size=64)))
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        server.join()
 
 
 @pytest.fixture(scope="module")

@@ -113,10 +113,17 @@ class RemoteFolder:
         except FileNotFoundError:
             return {}
         return {
-            Path(one["name"]).name: int(one["size"] or 0)
+            Path(one["name"]).name: self._size(one)
             for one in found
             if one["name"].rstrip("/") != self.root
         }
+
+    def _size(self, one: Mapping[str, Any]) -> int:
+        """Bytes of what a listing names; one over HTTP does not say how many they are."""
+        size = one["size"]
+        if size is None and one["type"] == "file":
+            size = self.file_system.size(one["name"])
+        return int(size or 0)
 
     def write(self, name: str, data: bytes) -> None:
         self.file_system.makedirs(self.root, exist_ok=True)
