@@ -24,6 +24,7 @@ import saefeat as sf
 from saefeat.activations import store_writer
 from saefeat.activations.batches import BufferedBatches
 from saefeat.activations.quantise import dequantise, quantise
+from saefeat.core.folders import RemoteFolder
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"]
 Batch = dict[str, torch.Tensor]
@@ -613,6 +614,23 @@ def test_the_lock_of_a_dead_process_is_taken_over_with_a_warning(
     store._folder.write(".lock", json.dumps(owner).encode())
     with pytest.raises(BlockingIOError, match=r"of host elsewhere.*delete .*\.lock"):
         cache(numbered(), place, 400, resume=True)
+
+
+def test_of_two_writers_that_displace_a_dead_one_at_once_the_later_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = RemoteFolder("memory://two-heirs")
+    owner = {"pid": dead_process(), "host": socket.gethostname(), "token": "x"}
+    folder.write(".lock", json.dumps(owner).encode())
+    remove = RemoteFolder.remove
+
+    def remove_and_be_overtaken(self: RemoteFolder, name: str) -> None:
+        remove(self, name)
+        self.write(name, json.dumps(owner | {"pid": os.getpid()}).encode())
+
+    monkeypatch.setattr(RemoteFolder, "remove", remove_and_be_overtaken)
+    with pytest.raises(BlockingIOError, match=f"written by process {os.getpid()}"):
+        cache(numbered(), "memory://two-heirs", resume=True)
 
 
 def test_a_writer_whose_lock_is_gone_writes_nothing_more(

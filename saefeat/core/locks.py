@@ -118,20 +118,22 @@ class WriterLock:
         file_system, path = folder.file_system, folder.path(LOCK_NAME)
         file_system.makedirs(folder.root, exist_ok=True)
         data = json.dumps(self._owner).encode()
-        try:
-            file_system.pipe_file(path, data, mode="create")
-        except FileExistsError:
-            holder = self._holder()
-            is_dead = (
-                holder is not None
-                and holder.get("host") == self._owner["host"]
-                and not _is_running(holder.get("pid"))
-            )
-            if not is_dead:
-                raise self._refusal(holder) from None
-            self._warn(holder)
-            folder.remove(LOCK_NAME)
-            file_system.pipe_file(path, data, mode="create")
+        while True:
+            try:
+                file_system.pipe_file(path, data, mode="create")
+            except FileExistsError:
+                holder = self._holder()
+                is_dead = (
+                    holder is not None
+                    and holder.get("host") == self._owner["host"]
+                    and not _is_running(holder.get("pid"))
+                )
+                if not is_dead:
+                    raise self._refusal(holder) from None
+                self._warn(holder)
+                folder.remove(LOCK_NAME)
+            else:
+                return
 
     def _holder(self) -> dict[str, Any] | None:
         try:
