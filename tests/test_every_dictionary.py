@@ -449,6 +449,20 @@ def test_the_loss_of_a_prefix_trains_that_prefix_alone(generator, x):
     assert gradients["encoder"][middle:].abs().sum() == 0
 
 
+@pytest.mark.parametrize("kind", kinds_configured_by(AuxiliaryConfig), ids=architecture)
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_dead_latents_do_not_spoil_a_small_batch(kind, n, generator, x):
+    """The last of a run may have any number of rows."""
+    dictionary, few = build(kind, generator), x[:n]
+    dead = torch.arange(D_SAE) % 3 == 0
+    context = dataclasses.replace(context_for(few, dead), variance=torch.tensor(float(n)))
+    loss = dictionary.training_loss(few, few, context)
+    loss.total.backward()
+    assert float(loss.terms["auxiliary"]) < 10
+    assert (float(loss.terms["auxiliary"]) == 0) == (n == 1)
+    assert all(p.grad.isfinite().all() for p in dictionary.parameters())
+
+
 def test_pursuit_in_a_bfloat16_dictionary_fits_in_float32(generator, x):
     dictionary = build(MatchingPursuit, generator)
     fvus = []
