@@ -207,6 +207,13 @@ def test_tensors_that_do_not_belong_or_are_missing_are_named(weights, tmp_path):
         sf.load_dictionary(write_sae_lens(tmp_path / "bad", bad, config_6("standard")))
 
 
+def test_weights_in_float64_keep_every_digit(weights, tmp_path):
+    wide = {name: tensor.double() / 3 for name, tensor in weights.items()}
+    folder = write_sae_lens(tmp_path / "sae", wide, config_6("standard"))
+    opened = sf.load_dictionary(folder)
+    assert all(torch.equal(opened.file_tensors()[name], wide[name]) for name in wide)
+
+
 def test_gemma_scope_opens(weights, x, generator, tmp_path):
     threshold = torch.rand(D_SAE, generator=generator)
     arrays = {name: tensor.numpy() for name, tensor in weights.items()}
