@@ -394,6 +394,15 @@ def test_a_loaded_dictionary_can_be_measured_trained_further_and_saved(weights, 
     assert torch.equal(loaded(x), further[hook, D_SAE / D_IN, 0](x))
 
 
+def test_thresholds_that_differ_are_not_read_as_the_one_of_batch_topk(weights, tmp_path):
+    """As where SAELens trained the JumpReLU that it takes the folder for, and saved over it."""
+    saved = BatchTopK(sf.BatchTopKConfig(k=K), D_IN, D_SAE).save(tmp_path / "sae")
+    tensors = {**weights, "threshold": torch.linspace(0.5, 2, D_SAE)}
+    save_file(tensors, saved / "sae_weights.safetensors")
+    with pytest.raises(ValueError, match=r"one threshold, and its file has from 0\.5 to 2"):
+        sf.load_dictionary(saved)
+
+
 def test_an_array_header_that_claims_terabytes_is_refused(tmp_path):
     """An array whose header claims far more than the file holds."""
     header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776,), }"
