@@ -64,7 +64,7 @@ def auxiliary_loss(
     centred = dictionary.centred(x[own]).detach()
     encoder, decoder = (rows_of(one, dead) for one in (dictionary.encoder, dictionary.W_dec))
     scores = centred @ encoder.T + dictionary.b_enc[dead]
-    k = auxiliary_k or max(1, int(dictionary.mean_width) // 2)
+    k = max(1, int(dictionary.mean_width) // 2) if auxiliary_k is None else auxiliary_k
     if n_dead > k:
         floor = kth_largest_of_rows(scores.detach(), k, features)
         scores = scores * (scores >= floor)
