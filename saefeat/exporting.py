@@ -9,6 +9,7 @@ from saefeat.core.progress import progress_bar
 from saefeat.dictionaries.base import Dictionary
 from saefeat.dictionaries.crosscoder import AcrossHooks
 from saefeat.dictionaries.loading import holds_dictionary
+from saefeat.dictionaries.sae_lens import SAE_LENS_ARCHITECTURES
 from saefeat.training.bank import Bank, dictionary_folder, folder_name
 
 
@@ -33,7 +34,8 @@ def export(
     Raises:
         FileNotFoundError: There is no dictionary in `source`.
         FileExistsError: `out` already holds files.
-        ValueError: No dictionary is of such a hook.
+        ValueError: No dictionary is of such a hook, or one is of a kind that SAELens does not have:
+            matching pursuit, or a transcoder whose latents are neither ReLU nor JumpReLU.
     """
     bank = Bank.load(source)
     check_unclaimed(out, "set of dictionaries")
@@ -46,6 +48,12 @@ def export(
         raise ValueError(
             f"No dictionary in {source} is of {' or '.join(hooks)}; it has {', '.join(bank.hooks)}."
         )
+    for one in wanted.values():
+        if one.sae_lens_architecture not in SAE_LENS_ARCHITECTURES:
+            raise ValueError(
+                f"SAELens has no {one.sae_lens_architecture}, which the dictionary of "
+                f"{one.hook_name} in {source} is. sf.load_dictionary opens it where it is."
+            )
     folders = []
     with progress_bar(
         total=len(wanted), unit="dictionary", desc="exporting", shown=progress

@@ -16,7 +16,9 @@ import saefeat as sf
 from saefeat.cli import COMMANDS
 from saefeat.dictionaries.base import Origin
 from saefeat.dictionaries.crosscoder import Crosscoder
+from saefeat.dictionaries.matching_pursuit import MatchingPursuit
 from saefeat.dictionaries.registry import KINDS
+from saefeat.dictionaries.topk import TopK
 from saefeat.exporting import export
 from saefeat.job import Job, Kind
 
@@ -255,6 +257,16 @@ def test_export_writes_what_sae_lens_opens(run, tmp_path):
     assert_refused(saefeat("export", run, "--out", tmp_path / "saes"), "never overwrites")
     assert_refused(saefeat("export", run, "--hooks", "x", "--out", "unmade"), "is of x; it has")
     assert_refused(saefeat("export", tmp_path / "none"), "no trained dictionaries")
+
+
+def test_what_sae_lens_does_not_have_is_not_exported(tmp_path):
+    pursuit = MatchingPursuit(sf.MatchingPursuitConfig(k=2), 3, 6, Origin(hook_name="a"))
+    topk = TopK(sf.TopKConfig(k=2), 3, 6, Origin(hook_name="a", target_hook_name="b"), 4)
+    for one, name in ((pursuit, "matching_pursuit_refit"), (topk, "topk_transcoder")):
+        folder = one.save(tmp_path / name)
+        with pytest.raises(ValueError, match=f"SAELens has no {name}"):
+            export(folder, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_crosscoder_is_exported_hook_by_hook(tmp_path):

@@ -128,7 +128,8 @@ def use_dictionary(folder: Path, out: Path) -> None:
     assert opened._repr_html_()
     (loaded,) = sf.Bank.load(folder).values()
     assert loaded.d_sae == opened.d_sae
-    export(folder, out / "exported", progress=False)
+    if opened.architecture != "matching_pursuit_refit":  # SAELens has none
+        export(folder, out / "exported", progress=False)
     if opened.hook_name:  # Gemma Scope's files name none
         sf.Bank.load(folder).save(out / "bank")
 

@@ -176,6 +176,21 @@ def test_codes_of_another_dictionary_are_refused() -> None:
     codes = Codes.from_dense(torch.ones(3, 4))
     with pytest.raises(ValueError, match="4 latents in 3 rows do not go with a decoder of 5"):
         AblationCosts(torch.ones(5, 2)).update(codes, torch.ones(3, 2), torch.ones(3, 2))
+    with pytest.raises(ValueError, match=r"width 2 and activations of shape \[3, 6\]"):
+        AblationCosts(torch.ones(4, 2)).update(codes, torch.ones(3, 6), torch.ones(3, 6))
+
+
+def test_costs_of_a_dictionary_in_bfloat16_are_near_those_in_float32(
+    generator: torch.Generator,
+) -> None:
+    dense = sparse_rows(60, 12, 3, generator).float()
+    decoder = torch.randn(12, 5, generator=generator)
+    target = dense @ decoder + torch.randn(60, 5, generator=generator)
+    costs = [
+        ablation_costs(Codes.from_dense(dense.to(t)), decoder.to(t), target, dense @ decoder)
+        for t in (torch.bfloat16, torch.float32)
+    ]
+    torch.testing.assert_close(costs[0], costs[1], rtol=0.03, atol=0.003)
 
 
 def test_costly_latents_are_those_above_the_gap() -> None:

@@ -449,6 +449,20 @@ def test_the_loss_of_a_prefix_trains_that_prefix_alone(generator, x):
     assert gradients["encoder"][middle:].abs().sum() == 0
 
 
+@pytest.mark.parametrize("kind", kinds_configured_by(AuxiliaryConfig), ids=architecture)
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_dead_latents_do_not_spoil_a_small_batch(kind, n, generator, x):
+    """The last of a run may have any number of rows."""
+    dictionary, few = build(kind, generator), x[:n]
+    dead = torch.arange(D_SAE) % 3 == 0
+    context = dataclasses.replace(context_for(few, dead), variance=torch.tensor(float(n)))
+    loss = dictionary.training_loss(few, few, context)
+    loss.total.backward()
+    assert float(loss.terms["auxiliary"]) < 10
+    assert (float(loss.terms["auxiliary"]) == 0) == (n == 1)
+    assert all(p.grad.isfinite().all() for p in dictionary.parameters())
+
+
 def test_pursuit_in_a_bfloat16_dictionary_fits_in_float32(generator, x):
     dictionary = build(MatchingPursuit, generator)
     fvus = []
@@ -473,6 +487,31 @@ def test_a_restarted_latent_stands_for_its_new_direction_alone(dictionary, x):
     for name, parameter in dictionary.named_parameters():
         if parameter.shape[0] == D_SAE:
             assert torch.equal(parameter[others], before[name][others]), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (TopK, {"learning_rate": -1e-3}, "rate must not be negative"),
+        (TopK, {"warmup_fraction": 3.0}, "warmup_fraction and decay_fraction"),
+        (MatchingPursuit, {"decay_fraction": -0.1}, "warmup_fraction and decay_fraction"),
+        (TopK, {"dead_after_tokens": 0}, "dead_after_tokens must be at least 1"),
+        (TopK, {"auxiliary_k": 0}, "auxiliary_k must be at least 1"),
+        (BatchTopK, {"auxiliary_weight": -1.0}, "auxiliary_weight at least 0"),
+        (BatchTopK, {"threshold_decay": 1.0}, "threshold_decay must be"),
+        (Matryoshka, {"prefix_weights": (1, -1, 1)}, "must not be negative nor all 0"),
+        (Matryoshka, {"prefix_weights": (0, 0, 0)}, "must not be negative nor all 0"),
+        (Standard, {"sparsity_coefficient": float("nan")}, "sparsity_coefficient must not"),
+        (Standard, {"initial_l0": -3.0}, "initial_l0 at least 0"),
+        (Gated, {"penalty_warmup_fraction": 2.0}, "penalty_warmup_fraction must be"),
+        (JumpReLU, {"bandwidth": 0.0}, "bandwidth > 0"),
+        (JumpReLU, {"frequent": 0.0}, "frequent > 0"),
+    ],
+)
+def test_a_number_out_of_range_is_named_before_anything_is_trained(kind, options, message):
+    config = kind.config_type(**{**SMALL[kind.architecture], **options})
+    with pytest.raises(ValueError, match=message):
+        kind(config, D_IN, D_SAE)
 
 
 def test_activations_of_another_width_are_an_error(dictionary):

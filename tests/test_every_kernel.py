@@ -258,6 +258,14 @@ def test_codes_survive_the_way_through_dense(generator):
     assert torch.equal(Codes.from_dense(dense).to_dense(), dense)
 
 
+def test_without_mkl_the_compiled_kernels_are_chosen_still(monkeypatch):
+    pytest.importorskip("numba")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert choose_kernels("auto", torch.device("cpu"))[0] == "cpu"
+    with pytest.raises(ValueError, match="no MKL"):
+        choose_kernels("stock", torch.device("cpu"))
+
+
 def test_an_unknown_backend_is_an_error():
     with pytest.raises(ValueError, match="'auto' or one of"):
         choose_kernels("warp", torch.device("cpu"))

@@ -207,6 +207,13 @@ def test_tensors_that_do_not_belong_or_are_missing_are_named(weights, tmp_path):
         sf.load_dictionary(write_sae_lens(tmp_path / "bad", bad, config_6("standard")))
 
 
+def test_weights_in_float64_keep_every_digit(weights, tmp_path):
+    wide = {name: tensor.double() / 3 for name, tensor in weights.items()}
+    folder = write_sae_lens(tmp_path / "sae", wide, config_6("standard"))
+    opened = sf.load_dictionary(folder)
+    assert all(torch.equal(opened.file_tensors()[name], wide[name]) for name in wide)
+
+
 def test_gemma_scope_opens(weights, x, generator, tmp_path):
     threshold = torch.rand(D_SAE, generator=generator)
     arrays = {name: tensor.numpy() for name, tensor in weights.items()}
@@ -385,6 +392,15 @@ def test_a_loaded_dictionary_can_be_measured_trained_further_and_saved(weights, 
     further.save(tmp_path / "further")
     loaded = sf.Bank.load(tmp_path / "further")[hook, D_SAE / D_IN, 0]
     assert torch.equal(loaded(x), further[hook, D_SAE / D_IN, 0](x))
+
+
+def test_thresholds_that_differ_are_not_read_as_the_one_of_batch_topk(weights, tmp_path):
+    """As where SAELens trained the JumpReLU that it takes the folder for, and saved over it."""
+    saved = BatchTopK(sf.BatchTopKConfig(k=K), D_IN, D_SAE).save(tmp_path / "sae")
+    tensors = {**weights, "threshold": torch.linspace(0.5, 2, D_SAE)}
+    save_file(tensors, saved / "sae_weights.safetensors")
+    with pytest.raises(ValueError, match=r"one threshold, and its file has from 0\.5 to 2"):
+        sf.load_dictionary(saved)
 
 
 def test_an_array_header_that_claims_terabytes_is_refused(tmp_path):

@@ -151,9 +151,35 @@ def test_gradients_reach_the_codes(llama: Any, sae: Dictionary) -> None:
 
     with sae.spliced(llama, edit=keep, positions=torch.ones(3, 8, dtype=torch.bool)):
         llama(token_ids())[..., 7].sum().backward()
-    assert kept[0].grad is not None
-    # Only latents that are on are decoded, and only those have a gradient.
-    assert torch.equal(kept[0].grad != 0, kept[0] != 0)
+    gradient = kept[0].grad
+    assert gradient is not None
+    assert (gradient[kept[0] == 0] != 0).any(), "a latent that is off could be on"
+    # That of a matrix product by the decoder: it has no more dimensions than the decoder.
+    rows_gradient = torch.linalg.lstsq(sae.W_dec.detach(), gradient.T).solution
+    torch.testing.assert_close(sae.W_dec.detach() @ rows_gradient, gradient.T)
+
+
+@pytest.mark.parametrize("keep_error", [True, False])
+def test_a_steering_coefficient_can_be_learned_from_0_on(
+    llama: Any, sae: Dictionary, keep_error: bool
+) -> None:
+    off = int((sae.encode(read(llama)).firing_counts() == 0).nonzero()[0])
+
+    def loss(coefficient: Tensor) -> Tensor:
+        def steer(codes: Tensor) -> Tensor:
+            return codes + coefficient * torch.nn.functional.one_hot(torch.tensor(off), D_SAE)
+
+        with sae.spliced(llama, edit=steer, keep_error=keep_error):
+            result: Tensor = llama(token_ids())[..., 7].double().sum()
+            return result
+
+    coefficient = torch.zeros((), requires_grad=True)
+    loss(coefficient).backward()
+    with torch.no_grad():
+        slope = (loss(torch.tensor(0.01)) - loss(torch.tensor(-0.01))) / 0.02
+    assert coefficient.grad is not None
+    assert abs(float(slope)) > 0.01
+    assert float(coefficient.grad) == pytest.approx(float(slope), rel=0.01)
 
 
 def test_two_dictionaries_at_different_hooks_can_be_nested(llama: Any, sae: Dictionary) -> None:

@@ -57,19 +57,21 @@ def auxiliary_loss(
     dead, n_dead, features = context.dead, context.n_dead_whole, context.feature_ranks
     n, ranks = context.n_whole(len(x)), context.ranks
     n_affordable = n * dictionary.d_sae * features.size // (SHARE_OF_STEP * n_dead)
-    n_rows = max(1, min(n // 4, MOST_ROWS, max(FEWEST_ROWS, n_affordable)))
+    n_rows = min(n, max(2, min(n // 4, MOST_ROWS, max(FEWEST_ROWS, n_affordable))))
     # Of several processes the first few have these rows; each is to do its share of the work.
     x, target = (ranks.rows(rows, slice(n_rows), n) for rows in (x, residual))
     own = ranks.part(n_rows)
     centred = dictionary.centred(x[own]).detach()
     encoder, decoder = (rows_of(one, dead) for one in (dictionary.encoder, dictionary.W_dec))
     scores = centred @ encoder.T + dictionary.b_enc[dead]
-    k = auxiliary_k or max(1, int(dictionary.mean_width) // 2)
+    k = max(1, int(dictionary.mean_width) // 2) if auxiliary_k is None else auxiliary_k
     if n_dead > k:
         floor = kth_largest_of_rows(scores.detach(), k, features)
         scores = scores * (scores >= floor)
     prediction = summed_value(torch.relu(scores) @ decoder, features)
     variance = (target - target.mean(0)).square().sum()
-    # A residual that does not vary leaves nothing to learn from; 0 / 0 would poison the weights.
+    # A residual that does not vary but for rounding, as that of a last batch of one row, leaves
+    # nothing to learn from.
+    varies = variance > torch.finfo(x.dtype).eps * target.square().sum()
     error = (target[own] - prediction).square().sum()
-    return error / variance.clamp_min(torch.finfo(x.dtype).tiny)
+    return varies * error / torch.where(varies, variance, 1.0)

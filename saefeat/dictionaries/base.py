@@ -88,7 +88,7 @@ class Dictionary(OnHub, nn.Module, ABC):
         d_out: Width of what a transcoder predicts; None for a dictionary of what it reads.
 
     Raises:
-        ValueError: A width is below 1.
+        ValueError: A width is below 1, or a number of the config is out of range.
     """
 
     architecture: ClassVar[str]
@@ -129,6 +129,18 @@ class Dictionary(OnHub, nn.Module, ABC):
 
     def set_up(self) -> None:
         """Check what a kind asks of its config, and add its own weights, at construction."""
+        config = self.config
+        rates = (config.learning_rate, config.short_run_rate)
+        if not all(rate is None or rate >= 0 for rate in rates):
+            raise ValueError(f"A learning rate must not be negative, got {rates}.")
+        fractions = (config.warmup_fraction, config.decay_fraction)
+        if not all(0 <= fraction <= 1 for fraction in fractions):
+            raise ValueError(
+                f"warmup_fraction and decay_fraction must be from 0 to 1, got {fractions}."
+            )
+        patience = config.dead_after_tokens
+        if patience is not None and patience < 1:
+            raise ValueError(f"dead_after_tokens must be at least 1, got {patience}.")
 
     @property
     def hook_name(self) -> str:

@@ -29,7 +29,7 @@ class BatchTopK(SparseAutoencoder):
     it is right from the first step.
 
     Raises:
-        ValueError: `k` is below 1 or above `d_sae`.
+        ValueError: `k` is below 1 or above `d_sae`, or another number is out of range.
     """
 
     architecture = "batch_topk"
@@ -42,6 +42,9 @@ class BatchTopK(SparseAutoencoder):
     def set_up(self) -> None:
         super().set_up()
         check_ranked(self.config, self.d_sae)
+        decay = self.config.threshold_decay
+        if not 0 <= decay < 1:
+            raise ValueError(f"threshold_decay must be at least 0 and below 1, got {decay}.")
         self.register_buffer("threshold_sum", torch.zeros(()))
         self.register_buffer("threshold_weight", torch.zeros(()))
 
@@ -84,8 +87,18 @@ class BatchTopK(SparseAutoencoder):
 
     @torch.no_grad()
     def fill(self, tensors: dict[str, Tensor]) -> None:
-        """The threshold of the file, as if one batch had set it."""
+        """The threshold of the file, as if one batch had set it.
+
+        Raises:
+            ValueError: The latents have different thresholds, which makes it a JumpReLU.
+        """
         tensors = dict(tensors)
-        self.threshold_sum.copy_(tensors.pop("threshold")[0])
+        thresholds = tensors.pop("threshold")
+        if (thresholds != thresholds[0]).any():
+            raise ValueError(
+                f"BatchTopK has one threshold, and its file has from {float(thresholds.min()):g} "
+                f"to {float(thresholds.max()):g}. Were the weights replaced, but saefeat.json not?"
+            )
+        self.threshold_sum.copy_(thresholds[0])
         self.threshold_weight.fill_(1.0)
         super().fill(tensors)

@@ -75,6 +75,7 @@ def build(found: Found) -> Dictionary:
     d_out = decoder.shape[1] if found.is_transcoder else None
     dictionary = kind(config, d_in, d_sae, origin, d_out)
     _check_shapes(dictionary, found)
+    dictionary.to(decoder.dtype)
     if not (found.takes_b_dec_from_input or found.is_transcoder):
         _take_b_dec(found.tensors)
     if found.ranks_by_decoder_norm:
@@ -83,16 +84,17 @@ def build(found: Found) -> Dictionary:
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} in {found.path} holds NaN or infinity, or what leads to it.")
     dictionary.fill(found.tensors)
-    return dictionary.to(decoder.dtype)
+    return dictionary
 
 
 def _take_b_dec(tensors: dict[str, Tensor]) -> None:
     """Rewrite an encoder of x as the same encoder of x - b_dec."""
-    shift = tensors["b_dec"].float() @ tensors["W_enc"].float()
+    wide = torch.promote_types(tensors["W_enc"].dtype, torch.float32)
+    shift = tensors["b_dec"].to(wide) @ tensors["W_enc"].to(wide)
     for name, factor in (("b_enc", None), ("b_gate", None), ("b_mag", "r_mag")):
         if name in tensors:
-            moved = shift if factor is None else shift * tensors[factor].float().exp()
-            tensors[name] = (tensors[name].float() + moved).to(tensors[name].dtype)
+            moved = shift if factor is None else shift * tensors[factor].to(wide).exp()
+            tensors[name] = (tensors[name] + moved).to(tensors[name].dtype)
 
 
 def _move_decoder_norms(tensors: dict[str, Tensor]) -> None:

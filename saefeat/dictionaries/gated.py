@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saefeat.dictionaries.penalty import PenalisedConfig, Penalty, initial_threshold, l1_share
-from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
+from saefeat.dictionaries.penalty import Penalised, PenalisedConfig, l1_share
 from saefeat.dictionaries.step import StepContext
 from saefeat.kernels.autograd import squared_errors
 from saefeat.kernels.codes import Codes, SparsityPattern
@@ -18,7 +17,7 @@ class GatedConfig(PenalisedConfig):
     """Decides which latents are on apart from how strongly (Rajamanoharan et al. 2024)."""
 
 
-class Gated(SparseAutoencoder):
+class Gated(Penalised):
     """One map opens gates, another, tied to it, gives magnitudes; only gates are penalised.
 
         gate = (x - b_dec) @ W_enc + b_enc,    magnitude = (gate - b_enc) * exp(r_mag) + b_mag
@@ -37,19 +36,9 @@ class Gated(SparseAutoencoder):
         super().set_up()
         self.r_mag = nn.Parameter(torch.zeros(self.d_sae))
         self.b_mag = nn.Parameter(torch.zeros(self.d_sae))
-        self.penalty = Penalty(self.config)
 
-    @torch.no_grad()
-    def initialise(
-        self,
-        generator: torch.Generator,
-        centre: Float[Tensor, " d_out"],
-        sample: Float[Tensor, "n d_in"],
-        target: Float[Tensor, "n d_out"],
-    ) -> None:
-        """Also lowers both encoder biases until `initial_l0` latents are on."""
-        super().initialise(generator, centre, sample, target)
-        threshold = initial_threshold(self.scores(sample), self.config.initial_l0)
+    def start_above(self, threshold: Float[Tensor, ""]) -> None:
+        """Lowers both encoder biases."""
         self.b_enc.sub_(threshold)
         self.b_mag.sub_(threshold)
 

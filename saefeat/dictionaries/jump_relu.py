@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saefeat.dictionaries.penalty import PenalisedConfig, Penalty, initial_threshold
-from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
+from saefeat.dictionaries.penalty import Penalised, PenalisedConfig
 from saefeat.dictionaries.step import StepContext
 from saefeat.kernels.codes import Codes, SparsityPattern
 
@@ -39,7 +38,7 @@ MIN_INITIAL_THRESHOLD = 0.01
 """Least threshold to start from: the logarithm of one near 0 would hardly move."""
 
 
-class JumpReLU(SparseAutoencoder):
+class JumpReLU(Penalised):
     """A latent is on where its score passes its own learned threshold.
 
         f = scores * [scores > threshold]
@@ -55,7 +54,7 @@ class JumpReLU(SparseAutoencoder):
     a `target_l0` makes the coefficient proportional to the miss, and negative below the target.
 
     Raises:
-        ValueError: The bandwidth is not above 0, or the loss is unknown.
+        ValueError: A number is not above 0, or the loss is unknown.
     """
 
     architecture = "jumprelu"
@@ -66,31 +65,22 @@ class JumpReLU(SparseAutoencoder):
 
     def set_up(self) -> None:
         super().set_up()
-        if self.config.bandwidth <= 0:
-            raise ValueError(f"JumpReLU needs bandwidth > 0, got {self.config.bandwidth}.")
+        for name in ("bandwidth", "tanh_scale", "frequent"):
+            if not getattr(self.config, name) > 0:
+                raise ValueError(f"JumpReLU needs {name} > 0, got {getattr(self.config, name)}.")
         loss = self.config.sparsity_loss
         if loss not in ("step", "tanh_quadratic"):
             raise ValueError(f"sparsity_loss must be 'step' or 'tanh_quadratic', got {loss!r}.")
         # Its logarithm is learned, so that a threshold stays above 0.
         self.log_threshold = nn.Parameter(torch.zeros(self.d_sae))
-        self.penalty = Penalty(self.config)
 
     @property
     def threshold(self) -> Float[Tensor, " d_sae"]:
         """The score above which each latent is on."""
         return self.log_threshold.exp()
 
-    @torch.no_grad()
-    def initialise(
-        self,
-        generator: torch.Generator,
-        centre: Float[Tensor, " d_out"],
-        sample: Float[Tensor, "n d_in"],
-        target: Float[Tensor, "n d_out"],
-    ) -> None:
-        """Also sets all thresholds to where `initial_l0` latents are on."""
-        super().initialise(generator, centre, sample, target)
-        threshold = initial_threshold(self.scores(sample), self.config.initial_l0)
+    def start_above(self, threshold: Float[Tensor, ""]) -> None:
+        """Sets all thresholds to this one."""
         self.log_threshold.fill_(threshold.clamp_min(MIN_INITIAL_THRESHOLD).log())
 
     def encode(self, x: Float[Tensor, "..."]) -> Codes:
@@ -152,7 +142,7 @@ class JumpReLU(SparseAutoencoder):
         directions: Float[Tensor, "m d_out"],
         x: Float[Tensor, "m d_in"],
     ) -> None:
-        """Also brings their thresholds down to the lowest of the others."""
+        """Also brings their thresholds down to the lowest there is."""
         super().restart(latents, directions, x)
         self.log_threshold[latents] = self.log_threshold.min()
 

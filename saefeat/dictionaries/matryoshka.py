@@ -32,7 +32,7 @@ class Matryoshka(BatchTopK):
     rather than absorbing one another.
 
     Raises:
-        ValueError: The fractions do not rise to 1, or there are not as many weights.
+        ValueError: The fractions do not rise to 1, or the weights are not as many, or negative.
     """
 
     architecture = "matryoshka"
@@ -49,6 +49,8 @@ class Matryoshka(BatchTopK):
                 f"prefix_fractions must rise to 1 and have as many weights; {fractions} with "
                 f"weights {weights} make prefixes of {self.prefixes} of {self.d_sae} latents."
             )
+        if min(weights) < 0 or sum(weights) == 0:
+            raise ValueError(f"prefix_weights must not be negative nor all 0, got {weights}.")
 
     def reconstruct(
         self, codes: Codes, target: Float[Tensor, "n d_out"], context: StepContext

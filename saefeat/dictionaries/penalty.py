@@ -1,5 +1,6 @@
 """The weight of a sparsity penalty over a run: it warms up, and can steer for an L0."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saefeat.dictionaries.base import DictionaryConfig
+from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
 from saefeat.dictionaries.step import StepContext
 from saefeat.kernels.codes import Codes
 
@@ -61,13 +63,19 @@ class Penalty(nn.Module):
     def __init__(self, config: PenalisedConfig) -> None:
         super().__init__()
         start, target = config.sparsity_coefficient, config.target_l0
-        if start < 0 or (target is not None and (target <= 0 or start == 0)):
+        if not start >= 0 or (target is not None and (not target > 0 or start == 0)):
             raise ValueError(
                 f"sparsity_coefficient must not be negative, got {start}; to steer for a "
                 f"target_l0 both must be above 0, got target_l0={target}."
             )
+        warmup, initial_l0 = config.penalty_warmup_fraction, config.initial_l0
+        if not (0 <= warmup <= 1 and initial_l0 >= 0):
+            raise ValueError(
+                "penalty_warmup_fraction must be from 0 to 1 and initial_l0 at least 0, got "
+                f"{warmup} and {initial_l0}."
+            )
         self.target_l0 = target
-        self.warmup_fraction = config.penalty_warmup_fraction
+        self.warmup_fraction = warmup
         self.register_buffer("coefficient", torch.tensor(float(start)))
 
     @torch.no_grad()
@@ -81,3 +89,29 @@ class Penalty(nn.Module):
             error = (l0 / self.target_l0).clamp_min(1e-3).log().clamp(-1, 1)
             self.coefficient.mul_((GAIN * error).exp())
         return self.coefficient.clone()
+
+
+class Penalised(SparseAutoencoder):
+    """What the kinds whose sparsity comes from a penalty have in common."""
+
+    config: PenalisedConfig
+
+    def set_up(self) -> None:
+        super().set_up()
+        self.penalty = Penalty(self.config)
+
+    @torch.no_grad()
+    def initialise(
+        self,
+        generator: torch.Generator,
+        centre: Float[Tensor, " d_out"],
+        sample: Float[Tensor, "n d_in"],
+        target: Float[Tensor, "n d_out"],
+    ) -> None:
+        """Also starts with `initial_l0` latents on."""
+        super().initialise(generator, centre, sample, target)
+        self.start_above(initial_threshold(self.scores(sample), self.config.initial_l0))
+
+    @abstractmethod
+    def start_above(self, threshold: Float[Tensor, ""]) -> None:
+        """Have the latents on whose score is above a threshold, at the start of training."""

@@ -26,7 +26,10 @@ LAYOUT_VERSION = "6.54.12"
 """The SAELens release whose layout is written, and that the tests open it with."""
 
 _TRANSCODERS = {"transcoder": "standard", "jumprelu_transcoder": "jumprelu"}
-_KINDS = {kind: kind for kind in ("standard", "topk", "jumprelu", "gated")} | _TRANSCODERS
+SAE_LENS_ARCHITECTURES = {
+    **{kind: kind for kind in ("standard", "topk", "jumprelu", "gated")},
+    **_TRANSCODERS,
+}
 """Architectures of SAELens that this library has, and what it calls them."""
 
 _METADATA = {
@@ -169,10 +172,10 @@ def _translated(found: Found, written: dict[str, Any]) -> Found:
         architecture = "topk"
     elif activation not in ("relu", "topk"):
         raise ValueError(f"{path} asks for the activation {activation!r}; known are relu, topk.")
-    if architecture not in _KINDS:
+    if architecture not in SAE_LENS_ARCHITECTURES:
         raise ValueError(
             f"{path} names the architecture {architecture!r}; of SAELens's, this library knows "
-            f"{', '.join(_KINDS)}."
+            f"{', '.join(SAE_LENS_ARCHITECTURES)}."
         )
     if written.get("normalize_activations") not in (None, False, "none"):
         raise ValueError(
@@ -180,7 +183,7 @@ def _translated(found: Found, written: dict[str, Any]) -> Found:
             "is not folded into the weights. In SAELens, fold it before saving "
             "(fold_activation_norm_scaling_factor)."
         )
-    found.architecture = _KINDS[architecture]
+    found.architecture = SAE_LENS_ARCHITECTURES[architecture]
     found.is_transcoder = architecture in _TRANSCODERS
     found.takes_b_dec_from_input = entry(written, "apply_b_dec_to_input", bool, path, True)
     if found.is_transcoder and found.takes_b_dec_from_input:

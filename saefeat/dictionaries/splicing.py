@@ -65,10 +65,9 @@ def spliced(
                 f"{list(dense.shape)}. It must return a value for each row and latent."
             )
         if not keep_error:
-            return dictionary.decode(Codes.from_dense(edited))
+            return _decoded(edited, weight) + dictionary.b_dec
         # What the edit adds, and no more: without one the activations stay as they are.
-        added = Codes.from_dense(edited - dense)
-        return target.to(weight) + stock.product(added.pattern, added.values, weight)
+        return target.to(weight) + _decoded(edited - dense, weight)
 
     return replaced_rows(
         model,
@@ -78,6 +77,17 @@ def spliced(
         positions=positions,
         max_norm_ratio=max_norm_ratio,
     )
+
+
+def _decoded(
+    codes: Float[Tensor, "n d_sae"], decoder: Float[Tensor, "d_sae d_out"]
+) -> Float[Tensor, "n d_out"]:
+    """`codes @ decoder`."""
+    # What is 0 has a gradient as well: that of a coefficient to be learned, which starts there.
+    if codes.requires_grad:
+        return codes @ decoder
+    on = Codes.from_dense(codes)
+    return stock.product(on.pattern, on.values, decoder)
 
 
 def _setting(values: Mapping[int, float], d_sae: int) -> Callable[[Tensor], Tensor]:

@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saefeat.dictionaries.penalty import PenalisedConfig, Penalty, initial_threshold, l1_share
-from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
+from saefeat.dictionaries.penalty import Penalised, PenalisedConfig, l1_share
 from saefeat.dictionaries.step import StepContext
 from saefeat.kernels.codes import Codes, SparsityPattern
 
@@ -17,7 +16,7 @@ class StandardConfig(PenalisedConfig):
     """ReLU latents under an L1 penalty, weighted by decoder norm (Bricken et al. 2023)."""
 
 
-class Standard(SparseAutoencoder):
+class Standard(Penalised):
     """Every latent above 0 is on; an L1 penalty keeps most of them off.
 
         f = ReLU((x - b_dec) @ W_enc + b_enc)
@@ -32,21 +31,9 @@ class Standard(SparseAutoencoder):
     config_type = StandardConfig
     config: StandardConfig
 
-    def set_up(self) -> None:
-        super().set_up()
-        self.penalty = Penalty(self.config)
-
-    @torch.no_grad()
-    def initialise(
-        self,
-        generator: torch.Generator,
-        centre: Float[Tensor, " d_out"],
-        sample: Float[Tensor, "n d_in"],
-        target: Float[Tensor, "n d_out"],
-    ) -> None:
-        """Also lowers the encoder bias until `initial_l0` latents are on."""
-        super().initialise(generator, centre, sample, target)
-        self.b_enc.sub_(initial_threshold(self.scores(sample), self.config.initial_l0))
+    def start_above(self, threshold: Float[Tensor, ""]) -> None:
+        """Lowers the encoder bias."""
+        self.b_enc.sub_(threshold)
 
     def encode(self, x: Float[Tensor, "..."]) -> Codes:
         """Every latent above 0."""

@@ -53,7 +53,7 @@ class TopK(SparseAutoencoder):
         f = ReLU(TopK((x - b_dec) @ W_enc + b_enc)),    x_hat = f @ W_dec + b_dec
 
     Raises:
-        ValueError: `k` is below 1 or above `d_sae`.
+        ValueError: `k` is below 1 or above `d_sae`, or another number is out of range.
     """
 
     architecture = "topk"
@@ -102,8 +102,15 @@ def check_k(k: int, d_sae: int) -> None:
 
 
 def check_ranked(config: RankedConfig, d_sae: int) -> None:
-    """Refuse what `check_k` does, and a k that cannot fall as asked."""
+    """Refuse what `check_k` does, a k that cannot fall as asked, and a senseless auxiliary loss."""
     check_k(config.k, d_sae)
+    has_k = config.auxiliary_k is None or config.auxiliary_k >= 1
+    if not (has_k and config.auxiliary_weight >= 0):
+        raise ValueError(
+            "auxiliary_k must be at least 1 and auxiliary_weight at least 0, got "
+            f"{config.auxiliary_k} and {config.auxiliary_weight}. A weight of 0 leaves the "
+            "auxiliary loss out."
+        )
     if config.k_start_factor < 1 or not 0 <= config.k_anneal_fraction <= 1:
         raise ValueError(
             "k_start_factor must be at least 1 and k_anneal_fraction from 0 to 1, got "

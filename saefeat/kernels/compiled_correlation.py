@@ -54,6 +54,7 @@ def large_products(
     n_a, n_b = len(offsets[0]), len(offsets[1])
     best_a, best_b = np.zeros(n_a), np.zeros(n_b)
     parts: list[tuple[int, Any]] = []
+    bests: list[Float[np.ndarray, " b"]] = []
 
     def share(low: int, high: int) -> None:
         # Each thread has arrays of its own, and other columns of A.
@@ -88,11 +89,10 @@ def large_products(
             )
             kept = tuple(array[:n_kept].copy() for array in (left, right, products))
             parts.append((start, kept))
-        found.append(own_best)
+        bests.append(own_best)
 
-    found: list[Float[np.ndarray, " b"]] = []
     share_rows(share, n_a)
-    for own_best in found:
+    for own_best in bests:
         np.maximum(best_b, own_best, out=best_b)
     parts.sort(key=lambda part: part[0])
     none = (np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0))

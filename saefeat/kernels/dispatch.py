@@ -98,16 +98,17 @@ def _why_not(name: str, device: torch.device) -> str | None:
         return f"it is for processors, and the device is {device}."
     if name == "cpu" and find_spec("numba") is None:
         return "it needs numba. Run: pip install numba"
-    if name == "triton" and find_spec("triton") is None:
-        return "it needs the package triton. Run: pip install triton"
+    # The device first: a search for a package takes longer than many a kernel.
     if name == "triton" and device.type != "cuda" and not _is_interpreted(name):
         return (
             f"it is for CUDA devices, and the device is {device}. Pass kernels='auto', or, to test "
             "it on a processor, set the environment variable TRITON_INTERPRET=1 beforehand."
         )
+    if name == "triton" and find_spec("triton") is None:
+        return "it needs the package triton. Run: pip install triton"
     # sampled_addmm on a processor is MKL's.
-    if name in ("stock", "cpu") and device.type != "cuda" and not torch.backends.mkl.is_available():
-        return "this build of torch has no MKL. Pass kernels='eager' (slower, same results)."
+    if name == "stock" and device.type != "cuda" and not torch.backends.mkl.is_available():
+        return "this build of torch has no MKL. Pass kernels='auto'."
     return None
 
 

@@ -8,22 +8,18 @@ import warnings
 from functools import cache
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from saefeat.kernels import eager, pursuit
 from saefeat.kernels.codes import SparsityPattern
 
+top_k = eager.top_k
 batch_top_k = eager.batch_top_k
 above = eager.above
 latent_sums = eager.latent_sums
 matching_pursuit = pursuit.matching_pursuit
-
-
-def top_k(scores: Float[Tensor, "n d_sae"], k: int) -> Int[Tensor, "n k"]:
-    """See `eager.top_k`."""
-    return eager.top_k(scores, k)
 
 
 @cache

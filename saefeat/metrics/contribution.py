@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saefeat.kernels import stock
 from saefeat.kernels.codes import Codes
+from saefeat.kernels.dispatch import choose_kernels
 from saefeat.metrics.fidelity import FidelitySums
 
 
@@ -39,7 +39,10 @@ class AblationCosts:
     """
 
     def __init__(self, decoder: Float[Tensor, "d_sae d"]) -> None:
-        self._decoder = decoder.detach()
+        # Kernels for processors know no short floats.
+        wide = torch.promote_types(decoder.dtype, torch.float32)
+        self._decoder = decoder.detach().to(wide)
+        _, self._kernels = choose_kernels("auto", decoder.device)
         self._squared_norms = self._decoder.double().square().sum(1)
         self.fidelity = FidelitySums()
         self.added_error: Float[Tensor, " d_sae"] = torch.zeros_like(self._squared_norms)
@@ -48,14 +51,15 @@ class AblationCosts:
         self, codes: Codes, target: Float[Tensor, "..."], recon: Float[Tensor, "..."]
     ) -> None:
         """Take in a batch: its codes, its `[n, d]` rows and what the codes were decoded to."""
-        if codes.d_sae != len(self._decoder) or codes.n_rows != len(target):
+        d_sae, d = self._decoder.shape
+        if codes.d_sae != d_sae or target.shape != (codes.n_rows, d):
             raise ValueError(
                 f"Codes of {codes.d_sae} latents in {codes.n_rows} rows do not go with a decoder "
-                f"of {len(self._decoder)} latents and {len(target)} rows of activations."
+                f"of {d_sae} latents of width {d} and activations of shape {list(target.shape)}."
             )
         self.fidelity.update(target, recon)
         residual = (target.detach() - recon.detach()).to(self._decoder.dtype)
-        along = stock.sampled_product(codes.pattern, residual, self._decoder).double()
+        along = self._kernels.sampled_product(codes.pattern, residual, self._decoder).double()
         values = codes.values.detach().double()
         added = values * (2 * along + values * self._squared_norms[codes.latents])
         self.added_error.index_add_(0, codes.latents, added)

@@ -66,7 +66,8 @@ def decoder_cosines(crosscoder: AcrossHooks) -> Float[Tensor, "F L L"]:
     do with each other; those of two models mean nothing either, though they can be computed.
     """
     blocks = crosscoder.W_dec.detach().split(crosscoder.widths, dim=1)
-    cosines = torch.full((crosscoder.d_sae, len(blocks), len(blocks)), torch.nan)
+    shape = (crosscoder.d_sae, len(blocks), len(blocks))
+    cosines = torch.full(shape, torch.nan, device=crosscoder.W_dec.device)
     units = [block / block.norm(dim=1, keepdim=True) for block in blocks]  # 0 / 0 is NaN
     for first, unit in enumerate(units):
         for second, other in enumerate(units):

@@ -15,6 +15,7 @@ from saefeat.metrics.sparsity import l0
 LEAST_COSINE = 0.9
 """Above this a latent's direction is taken for that of the feature it is matched with."""
 N_DECILES = 10
+"""Classes of equal size into which the activations of a latent are put."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -12,6 +12,7 @@ RESIDUAL_HOOK = re.compile(
 )
 """Hooks whose activations are the residual stream, or are added to it."""
 COLUMNS_AT_ONCE = 8192
+"""Tokens of the vocabulary whose logits are in memory at once."""
 
 
 def reaches_unembedding(model: Any, hook_name: str, width: int) -> bool:
