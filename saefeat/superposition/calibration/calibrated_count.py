@@ -12,10 +12,9 @@ from saefeat.superposition.calibration.curve import (
     read_off,
     spread_of,
 )
+from saefeat.superposition.estimators import LEAST_COVERAGE
 from saefeat.superposition.sae_counts import SAECounts
 
-COVERED = 0.9
-"""Least coverage of a count that is calibrated."""
 TOLERANCES = {"coverage": 0.05, "effective": 0.15, "fvu": 0.15}
 """How far the observed may be from the simulated at the same stable count: coverage as it is,
 e^H and FVU as a share of the observed; or three spreads of the simulated, if that is more."""
@@ -178,9 +177,10 @@ def why_untrusted(observed: SAECounts) -> list[str]:
     coverage = observed.distinct.coverage
     if coverage is None or observed.distinct.n_stable == 0:
         return ["No feature was found in two seeds."]
-    if coverage < COVERED:
+    if coverage < LEAST_COVERAGE:
         return [
-            f"Coverage {coverage:.2f} is below {COVERED}: a seed finds much that the others do not."
+            f"Coverage {coverage:.2f} is below {LEAST_COVERAGE}: a seed finds much that the others "
+            "do not."
         ]
     return []
 
