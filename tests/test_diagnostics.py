@@ -162,6 +162,12 @@ def test_planted_sums_are_found_without_labels_and_told_in_place_from_beside(
         assert float(given[composed.index(61)]) == 1
 
 
+def test_where_nothing_is_composed_there_are_no_parts() -> None:
+    found = compositions(torch.eye(3, 8))
+    assert not found.is_composed.any()
+    assert [len(given) for given in found.parts_on(CoActivation(3))] == [0, 0]
+
+
 def test_random_dictionaries_are_composed_no_oftener_than_chance_even_in_an_uneven_space(
     generator: torch.Generator,
 ) -> None:
@@ -327,6 +333,12 @@ def test_nothing_is_absorbed_without_a_child_or_by_one_that_is_weak(
     never = absorption_of_feature(codes, decoder, 0, decoder[0], torch.zeros_like(is_on))
     assert never.n_on == 0
     assert math.isnan(never.rate)
+
+
+def test_a_direction_of_another_width_is_refused(generator: torch.Generator) -> None:
+    codes, decoder, is_on, _ = absorbed_codes(generator)
+    with pytest.raises(ValueError, match=r"shape \(5,\)"):
+        absorption_of_feature(codes, decoder, 0, torch.ones(5), is_on)
 
 
 def test_a_copy_of_the_parents_latent_absorbs_nothing(generator: torch.Generator) -> None:
