@@ -289,3 +289,10 @@ def test_a_bank_that_cannot_be_counted_is_refused(stream: sf.ActivationStream) -
         sae_counts(two, other, progress=False)
     with pytest.raises(ValueError, match="n_tokens must be at least 2"):
         sae_counts(two, stream, n_tokens=1, progress=False)
+    widths = {"a": 12, "b": 12}
+    crosscoders = sf.Bank(
+        {("a+b", *key[1:]): one.with_origin(hook_widths=widths) for key, one in two.items()}
+    )
+    for hook_name in (None, "a"):
+        with pytest.raises(ValueError, match="reads several hooks"):
+            sae_counts(crosscoders, stream, hook_name=hook_name, progress=False)

@@ -82,7 +82,8 @@ def sae_counts(
     out; where it grows, there is more to find, or `split_share` grows with it.
 
     Args:
-        bank: Dictionaries, at least two seeds of each hook and width.
+        bank: Dictionaries, at least two seeds of each hook and width. Those that read several
+            hooks are left out.
         stream: A stream with the hooks of the bank; only its held-out part is read.
         hook_name: The hook to count at; None counts at all.
         n_tokens: Held-out rows to measure on; fewer if fewer were held out.
@@ -95,8 +96,8 @@ def sae_counts(
 
     Raises:
         KeyError: The bank has no such hook, or the stream lacks a hook of the bank.
-        ValueError: A hook and width has one seed only, an option is out of range, nothing was held
-            out, or the activations do not vary.
+        ValueError: A hook and width has one seed only, there are only dictionaries of several
+            hooks, an option is out of range, nothing was held out, or the activations do not vary.
     """
     families = _families(bank, hook_name, stream)
     if n_tokens < 2:
@@ -105,18 +106,18 @@ def sae_counts(
     sparsity = {key: SparsityCounts(one.W_dec.norm(dim=1)) for key, one in measured.items()}
     costs = {key: AblationCosts(one.W_dec) for key, one in measured.items()}
     n_seen = 0
-    bar = progress_bar(
+    targets = bank.targets
+    with progress_bar(
         total=min(n_tokens, stream.n_held_out_rows), unit="tok", desc="counting", shown=progress
-    )
-    for batch in stream.held_out_batches(n_tokens):
-        n_seen += len(next(iter(batch.values())))
-        bar.update(n_seen - bar.n)
-        for key, dictionary in measured.items():
-            codes = dictionary.encode(batch[key[0]].cpu().float())
-            target = batch[bank.targets[key]].cpu().float()
-            sparsity[key].update(codes)
-            costs[key].update(codes, target, dictionary.decode(codes))
-    bar.close()
+    ) as bar:
+        for batch in stream.held_out_batches(n_tokens):
+            n_seen += len(next(iter(batch.values())))
+            bar.update(n_seen - bar.n)
+            for key, dictionary in measured.items():
+                codes = dictionary.encode(batch[key[0]].cpu().float())
+                target = batch[targets[key]].cpu().float()
+                sparsity[key].update(codes)
+                costs[key].update(codes, target, dictionary.decode(codes))
     return tuple(
         _counts({key: measured[key] for key in keys}, sparsity, costs, n_seen, cosine, cost_share)
         for keys in families
@@ -145,6 +146,11 @@ def _families(bank: Bank, hook_name: str | None, stream: ActivationStream) -> li
         for name in wanted
         for factor in sorted({key[1] for key in bank if key[0] == name})
     }
+    if not families:
+        raise ValueError(
+            f"Every dictionary of the bank at {', '.join(wanted)} reads several hooks, and seeds "
+            "are counted at one. For crosscoders see metrics.layer_profile."
+        )
     for key in bank:
         if key[0] in wanted:
             families[key[:2]].append(key)
