@@ -335,12 +335,6 @@ def test_nothing_is_absorbed_without_a_child_or_by_one_that_is_weak(
     assert math.isnan(never.rate)
 
 
-def test_a_direction_of_another_width_is_refused(generator: torch.Generator) -> None:
-    codes, decoder, is_on, _ = absorbed_codes(generator)
-    with pytest.raises(ValueError, match=r"shape \(5,\)"):
-        absorption_of_feature(codes, decoder, 0, torch.ones(5), is_on)
-
-
 def test_a_copy_of_the_parents_latent_absorbs_nothing(generator: torch.Generator) -> None:
     """The parent's rows are divided between two latents of one direction."""
     codes, decoder, is_on, _ = absorbed_codes(generator)

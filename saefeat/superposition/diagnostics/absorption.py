@@ -80,12 +80,10 @@ def absorption_of_feature(
             of range.
     """
     _check(codes, decoder, cosine, share)
-    is_direction = direction.shape == decoder.shape[1:] and bool(direction.any())
-    if not 0 <= latent < len(decoder) or len(is_on) != codes.n_rows or not is_direction:
+    if not 0 <= latent < len(decoder) or len(is_on) != codes.n_rows or not direction.any():
         raise ValueError(
-            f"Absorption needs a latent below {len(decoder)}, a direction other than 0 of "
-            f"{decoder.shape[1]} numbers and a truth for each of {codes.n_rows} rows, got latent "
-            f"{latent}, shape {tuple(direction.shape)} and {len(is_on)} rows."
+            f"Absorption needs a latent below {len(decoder)}, a direction other than 0 and a truth "
+            f"for each of {codes.n_rows} rows, got latent {latent} and {len(is_on)} rows."
         )
     rows = is_on.cpu().nonzero()[:, 0].numpy()
     length = decoder.detach().cpu().double().norm(dim=1).numpy()
