@@ -91,7 +91,7 @@ def calibrate(
 
     Cost: each layer takes as long as training the seeds at this hook and width took. With the
     defaults there are 9 at least, 12 to 20 mostly, points (layers + 1) = 32 at most; none if the
-    coverage of `counts` is below 0.9.
+    coverage of `counts` is below 0.9, or their FVU not below 1.
 
     Args:
         counts: Of one hook and width, by `sae_counts`.
