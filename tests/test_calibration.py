@@ -204,6 +204,14 @@ def test_where_the_curve_is_flat_or_not_above_the_count_there_is_a_lower_bound_a
     assert 50 < count.low < 60
 
 
+def test_a_count_beyond_all_that_dictionaries_find_is_at_least_the_number_at_the_peak() -> None:
+    curve = [point(n, n, n, effective=60) for n in (40, 50, 60)]
+    count = concluded(observed(90), curve)
+    assert not count.identifiable
+    assert count.estimate == count.low == pytest.approx(60)
+    json.dumps(count.summary(), allow_nan=False)
+
+
 def test_a_second_number_past_the_peak_that_gives_the_same_is_said() -> None:
     numbers = ((40, 40), (60, 60), (90, 90), (160, 40))
     alike = [point(n, s, s, effective=60) for n, s in numbers]
@@ -350,6 +358,14 @@ def test_a_layer_past_the_bound_is_flagged_and_nothing_is_simulated() -> None:
     assert count.high == math.inf
     assert count.low < 96
     assert count.n_layers == 0
+
+
+def test_dictionaries_that_explain_nothing_are_flagged_and_nothing_is_simulated(twelve) -> None:
+    bank, _, counts = twelve
+    worse = replace(counts, fvu=(1.2, 1.1))
+    count = sf.calibrate(worse, bank, batch_size=96, rows=960, device="cpu", progress=False)
+    assert count.n_layers == 0
+    assert "FVU 1.15 is not below 1" in count.reasons[0]
 
 
 def test_what_cannot_be_calibrated_is_refused(twelve) -> None:

@@ -150,6 +150,21 @@ def test_an_interval_that_does_not_say_how_many_is_no_count(rows):
     assert concluded(rows, found(n_features=10), half=half).identifiable
 
 
+def test_a_count_without_a_longer_fit_shows_the_width_that_it_was_read_off(rows):
+    layer = Layer(
+        {
+            (16, 1): {"n_features": 15, "shared_energy": 0.05},
+            (32, 1): {"n_features": 3, "shared_energy": 0.06},
+        }
+    )
+    probes, best = choose(layer.compare, [1], [16, 32], 1000)
+    steps = tuple(Step.of("width", one) for one in probes)
+    count = conclude(rows, best, None, steps, (0, 1, 2))
+    assert count.last_step == Step.of("width", best) != count.steps[-1]
+    assert "16 atoms, 1 picks a row" in str(count)
+    assert "5.0% of the energy" in str(count)
+
+
 def test_a_rising_count_is_extrapolated_no_further_than_what_is_unseen(rows):
     rising = concluded(rows, found(n_features=10), half=found(n_features=6))
     assert rising.estimate == 10

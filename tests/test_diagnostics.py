@@ -162,6 +162,12 @@ def test_planted_sums_are_found_without_labels_and_told_in_place_from_beside(
         assert float(given[composed.index(61)]) == 1
 
 
+def test_where_nothing_is_composed_there_are_no_parts() -> None:
+    found = compositions(torch.eye(3, 8))
+    assert not found.is_composed.any()
+    assert [len(given) for given in found.parts_on(CoActivation(3))] == [0, 0]
+
+
 def test_random_dictionaries_are_composed_no_oftener_than_chance_even_in_an_uneven_space(
     generator: torch.Generator,
 ) -> None:

@@ -76,9 +76,13 @@ def test_a_study_says_what_follows_and_goes_on_after_a_kill(tmp_path, text, own_
     old, kept = layer.read_text(), out / "models" / f"{WIDE.label}-trained-0" / "model.json"
     kept_at = kept.stat().st_mtime_ns
     layer.unlink()
+    # Or all files, and activations that nothing reads any more.
+    left = out / "models" / f"{WIDE.label}-trained-0" / "activations"
+    left.mkdir()
     assert study(out, text).to_dict() == found.to_dict()
     assert layer.read_text() == old
     assert kept.stat().st_mtime_ns == kept_at
+    assert not left.exists()
     assert before == {file: file.stat().st_mtime_ns for file in own_cache.rglob("*.safetensors")}
 
     with pytest.raises(FileExistsError, match="another protocol"):
@@ -99,17 +103,34 @@ def test_models_of_ones_own_take_the_place_of_the_zoo(tmp_path, text):
     for one in observations["models"]:
         assert one["validation_loss"] == pytest.approx(5.55, abs=0.4)
 
+    others = [
+        random_model(shape, seed, device="cpu") for shape in (NARROW, WIDE) for seed in (2, 3)
+    ]
+    with pytest.raises(FileExistsError, match="other models"):
+        study(tmp_path / "study", text, protocol, models=others)
 
-def test_one_shape_is_no_study(tmp_path, text):
+
+def test_one_shape_or_width_is_no_study(tmp_path, text):
     models = [random_model(NARROW, seed, device="cpu") for seed in (0, 1)]
     with pytest.raises(ValueError, match="two shapes"):
         study(tmp_path / "study", text, models=models)
+    models += [random_model(WIDE, seed, device="cpu") for seed in (0, 1)]
+    with pytest.raises(ValueError, match="A random model is 2x16"):
+        study(
+            tmp_path / "study",
+            text,
+            models=models,
+            random_models=[random_model(Shape(2, 16, 1), 0, device="cpu")],
+        )
+    alike = [random_model(Shape(n, 16, 1), seed, device="cpu") for n in (1, 2) for seed in (0, 1)]
+    with pytest.raises(ValueError, match="a narrow shape and a wider one"):
+        study(tmp_path / "study", text, models=alike)
     assert not (tmp_path / "study").exists()
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path, text):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="no study"):
+    with pytest.raises(FileExistsError, match="a study never overwrites"):
         study(tmp_path, text)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -120,6 +141,8 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path, text):
         ({"sites": ("attention",)}, "sites"),
         ({"model_seeds": (0,)}, "2 model seeds"),
         ({"pair": ("8x48", "9x9")}, "pair"),
+        ({"pair": (WIDE.label, NARROW.label)}, "a narrow shape and a wider one"),
+        ({"model_seeds": (0, 1, 1)}, "model_seeds names each once"),
         ({"n_tokens": 0}, "n_tokens"),
         ({"layers_per_model": 0}, "layers_per_model"),
     ],

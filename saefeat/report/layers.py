@@ -9,14 +9,12 @@ import torch
 from saefeat.metrics.sparsity import SparsityCounts, features_per_neuron
 from saefeat.report.record import Estimate, Layer, Row
 from saefeat.superposition.counting.feature_count import FeatureCount
-from saefeat.superposition.estimators import SeedCounts
+from saefeat.superposition.estimators import LEAST_COVERAGE, SeedCounts
 from saefeat.training.bank import Bank, Key
 
 COUNTED = "matching pursuit from {} random starts (count_features)"
 STABLE = "latents that two of {} seeds share at {:,} latents; biased low as the load grows"
 ALIVE = "alive latents, the range over widths; one seed, so not a count of features"
-LEAST_COVERAGE = 0.9
-"""Below, what seeds share is a lower bound."""
 
 
 def layer_summaries(

@@ -61,7 +61,7 @@ def _finding(
     trained = _counts(observations, site, instrument, "trained", rules)
     random = _counts(observations, site, instrument, "random", rules)
     narrow, wide = (observations.shape(label) for label in observations.pair)
-    a, b = (_of(trained, shape) for shape in (narrow, wide))
+    a, b = (_of(trained, shape, rules) for shape in (narrow, wide))
     beta, bootstrap, fit = _slopes(trained, observations, rules)
     control, _, _ = _slopes(random, observations, rules)
     pairs = [
@@ -133,11 +133,11 @@ def _counts(
     return [shape_counts(shape.label, own, rules) for shape in observations.shapes]
 
 
-def _of(counts: Sequence[ShapeCounts], shape: ObservedShape) -> ShapeCounts:
+def _of(counts: Sequence[ShapeCounts], shape: ObservedShape, rules: Rules) -> ShapeCounts:
     for one in counts:
         if one.shape_label == shape.label:
             return one
-    return shape_counts(shape.label, [], Rules())
+    return shape_counts(shape.label, [], rules)
 
 
 def _log_degree(counts: ShapeCounts) -> np.ndarray:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 LOWEST = -6.0
+"""First edge, a log10 of density; the last is 0, a feature that is always on."""
 BINS_PER_DECADE = 10
 
 

@@ -8,7 +8,7 @@ None where a field says so.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -36,8 +36,6 @@ SITES = ("mlp", "residual")
 """Hidden neurons of the MLP, and the residual stream."""
 INSTRUMENTS = ("matching_pursuit", "batch_topk", "frozen_decoder")
 """What counted: `count_features`, BatchTopK SAEs, or SAEs whose decoder stays as it was drawn."""
-
-Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +135,7 @@ class LayerObservation:
             coverage=count.coverage,
             load=count.load,
             l0=float(count.densities.sum()),
-            fvu=count.steps[-1].fvu,
+            fvu=count.last_step.fvu,
             densities=DensityHistogram.of(count.densities),
             n_tokens=count.n_tokens,
             reasons=count.reasons,
@@ -181,7 +179,7 @@ class LayerObservation:
             n_neurons=counts.d_in,
             estimate=float(distinct.n_stable),
             low=float(distinct.n_stable),
-            high=None if reasons else max(distinct.chao2_high, float(distinct.n_stable)),
+            high=None if reasons else distinct.chao2_high,
             identifiable=not reasons,
             coverage=distinct.coverage or 0.0,
             load=load(densities, counts.d_in) / n_seeds,

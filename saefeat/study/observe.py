@@ -53,6 +53,8 @@ class Subject:
     """Of text that it was trained on; 0 if that is not known, or for a random one."""
     validation_loss: float | None = None
     """On text that it was not trained on; None if that has to be measured."""
+    fingerprint: str | None = None
+    """Of the weights of a model of one's own; those of the zoo follow from the protocol."""
 
     @property
     def name(self) -> str:
@@ -89,10 +91,12 @@ def observe(subject: Subject, tokens: Tokens, protocol: Protocol, folder: Path) 
         folder: Of this model. The activations are there too while they are needed.
     """
     missing = [name for name in parts(subject, protocol) if not _file(folder, name).exists()]
+    store = folder / "activations"
     if not missing:
+        # Of a call that was killed once it had written all that it was for.
+        shutil.rmtree(store, ignore_errors=True)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    store = folder / "activations"
     model = subject.model()
     if "model" in missing:
         loss = subject.validation_loss

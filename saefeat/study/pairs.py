@@ -1,6 +1,6 @@
 """Two models of different shapes: do their SAEs find the same features, as often on?"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class Pair:
         return f"{self.site}-{self.narrow.name}-{narrow}-{self.wide.name}-{wide}"
 
 
-def pairs(subjects: list[Subject], protocol: Protocol) -> Iterator[Pair]:
+def pairs(subjects: Sequence[Subject], protocol: Protocol) -> Iterator[Pair]:
     """Each narrow model with a wide one of its own, in the middle and at the end of both."""
     narrow_label, wide_label = protocol.pair
 

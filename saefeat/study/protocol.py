@@ -12,7 +12,11 @@ HOOKS = {"mlp": "blocks.{}.mlp.hook_post", "residual": "blocks.{}.hook_resid_pos
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Protocol:
-    """Every choice that the result of a study depends on; the same for models of all shapes."""
+    """Every choice that the result of a study depends on; the same for models of all shapes.
+
+    Raises:
+        ValueError: A number is out of range, or a list is too short or names one thing twice.
+    """
 
     shapes: tuple[Shape, ...] = (A, B)
     """What is compared; of models of one's own, the shapes that they have."""
@@ -50,7 +54,7 @@ class Protocol:
     """Where to train one over all layers of each model, for the reuse of features: what is in the
     residual stream can persist, while the hidden neurons of each MLP are its own."""
     rules: Rules = field(default_factory=Rules)
-    """Levels, margins and predictions of the verdict."""
+    """Levels and margins of the verdict."""
 
     def __post_init__(self) -> None:
         unknown = sorted({*self.sites, *self.crosscoder_sites} - set(HOOKS))
@@ -62,9 +66,16 @@ class Protocol:
                 f"2 SAE seeds, got {len(self.shapes)}, {len(self.model_seeds)} and "
                 f"{len(self.sae_seeds)}."
             )
-        labels = [shape.label for shape in self.shapes]
-        if not set(self.pair) <= set(labels) or len(set(self.pair)) < 2:
-            raise ValueError(f"pair names two of the shapes {labels}, got {self.pair}.")
+        widths = {shape.label: shape.d_model for shape in self.shapes}
+        narrow, wide = (widths.get(label) for label in self.pair)
+        if narrow is None or wide is None or narrow >= wide:
+            raise ValueError(
+                f"pair names a narrow shape and a wider one of {list(widths)} (layers x width), "
+                f"got {self.pair}."
+            )
+        for name in ("shapes", "model_seeds", "random_seeds", "count_seeds", "sae_seeds", "sites"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} names each once, got {list(getattr(self, name))}.")
         for name in ("n_tokens", "held_out_tokens", "context_size", "sae_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from saefeat.superposition.estimators import LEAST_COVERAGE
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
@@ -13,7 +15,7 @@ class Rules:
 
     level: float = 0.95
     """Of intervals; 1 - alpha of tests."""
-    least_coverage: float = 0.9
+    least_coverage: float = LEAST_COVERAGE
     """Of a count that is a number and not a lower bound."""
     least_counted: float = 0.75
     """Share of the layers of a shape that have to be counted: six of the eight that four models of

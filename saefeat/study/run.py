@@ -1,13 +1,15 @@
 """`run_study`: train or take models, observe each, compare them, and say what follows."""
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from saefeat.activations.sources import fingerprint
 from saefeat.activations.tokens import Tokens, load_tokens
-from saefeat.core.files import read_json, write_bytes, write_json
+from saefeat.core.files import claim_folder, read_json, write_bytes, write_json
 from saefeat.core.processes import run_in_processes
 from saefeat.core.progress import progress_bar
 from saefeat.models.zoo import Text, load_text, train_family
@@ -57,8 +59,9 @@ def run_study(
         What was found; `print` it.
 
     Raises:
-        FileExistsError: The folder is of another protocol, or holds something else.
-        ValueError: There are too few models of one's own, or their tokenizers differ.
+        FileExistsError: The folder is of another protocol, text or models, or no study.
+        ValueError: There are too few models of one's own, none is wider than another, a random one
+            has a shape of its own, or their tokenizers differ.
     """
     out = Path(out)
     protocol = protocol or Protocol()
@@ -67,8 +70,10 @@ def run_study(
     if models:
         protocol, own = own_subjects(models, random_models, protocol)
     documents = None if models and tokens is not None else load_text(text)
-    _claim(out, protocol, documents)
+    _claim(out, protocol, documents, own, tokens)
     subjects = own or _zoo(out, protocol, documents, processes, progress)
+    if not all(one.is_portable for one in subjects):
+        processes = 1
     if tokens is None:
         assert documents is not None
         tokens = _tokens(subjects[0], protocol, documents)
@@ -107,7 +112,7 @@ def gather(out: Path, protocol: Protocol, subjects: Sequence[Subject]) -> Observ
         for name in parts(subject, protocol):
             kind = name.partition("-")[0]
             records[kind] += read_json(out / "models" / subject.name / f"{name}.json")
-    for pair in pairs(list(subjects), protocol):
+    for pair in pairs(subjects, protocol):
         records["pair"].append(read_json(_pair_file(out, pair)))
     return Observations.from_dict(
         {
@@ -132,28 +137,27 @@ def gather(out: Path, protocol: Protocol, subjects: Sequence[Subject]) -> Observ
     )
 
 
-def _claim(out: Path, protocol: Protocol, text: Text | None) -> None:
-    """Write the protocol into a new folder, or see that the folder has the same."""
-    facts = {"protocol": protocol.to_dict(), "text": None if text is None else text.digest}
+def _claim(
+    out: Path, protocol: Protocol, text: Text | None, own: Sequence[Subject], tokens: Tokens | None
+) -> None:
+    """Write what is studied into a new folder, or see that the folder has the same."""
+    facts: dict[str, Any] = {
+        "protocol": protocol.to_dict(),
+        "text": None if text is None else text.digest,
+    }
+    # What was measured of other models of these shapes must not be taken for that of these.
+    if own:
+        facts["models"] = {one.name: one.fingerprint for one in own}
+    if tokens is not None:
+        facts["tokens"] = fingerprint(tokens.ids, tokens.counts, tokens.n_held_out)
     path = out / "protocol.json"
-    if path.exists():
-        if read_json(path) != _as_json(facts):
-            raise FileExistsError(
-                f"{out} is a study by another protocol or of another text, see {path}. A protocol "
-                "is fixed before there is a result: give another folder."
-            )
-        return
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} holds files, and no study. Give a new folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(path, facts)
-
-
-def _as_json(value: Any) -> Any:
-    """What a value is once it has been through JSON: tuples are lists."""
-    if isinstance(value, dict):
-        return {key: _as_json(one) for key, one in value.items()}
-    return [_as_json(one) for one in value] if isinstance(value, list | tuple) else value
+    if not path.exists():
+        write_json(claim_folder(out, "study") / path.name, facts)
+    elif read_json(path) != json.loads(json.dumps(facts)):
+        raise FileExistsError(
+            f"{out} is a study by another protocol, or of another text or other models, see "
+            f"{path}. A protocol is fixed before there is a result: give another folder."
+        )
 
 
 def _tokens(first: Subject, protocol: Protocol, text: Text) -> Tokens:
@@ -193,7 +197,7 @@ def _observe_all(
         [(one, tokens, protocol, folder / one.name) for one in order],
         [folder / one.name / f"{name}.json" for one in order for name in parts(one, protocol)],
         name="layers",
-        processes=processes if all(one.is_portable for one in subjects) else 1,
+        processes=processes,
         progress=progress,
     )
 
@@ -207,13 +211,12 @@ def _pair_all(
     progress: bool,
 ) -> None:
     (out / "pairs").mkdir(exist_ok=True)
-    are_portable = all(pair.narrow.is_portable and pair.wide.is_portable for pair in wanted)
     _run_all(
         _observe_pair,
         [(pair, tokens, protocol, out) for pair in wanted if not _pair_file(out, pair).exists()],
         [_pair_file(out, pair) for pair in wanted],
         name="pairs of models",
-        processes=processes if are_portable else 1,
+        processes=processes,
         progress=progress,
     )
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from saefeat.activations.sources import fingerprint
 from saefeat.models.load import load_model
 from saefeat.models.zoo import Family, Shape, write_random_model
 from saefeat.study.observe import Subject
@@ -55,15 +56,22 @@ def own_subjects(
         protocol: Its shapes, pair and seeds are replaced by those of the models.
 
     Raises:
-        ValueError: They have fewer than two shapes, or a shape has one model only.
+        ValueError: They have fewer than two shapes, or of one width, a shape has one model only,
+            or a random model has a shape that no trained one has.
     """
     subjects = []
     shapes: dict[str, Shape] = {}
     for control, sources in (("trained", models), ("random", random_models)):
         n_known: Counter[str] = Counter()
         for source in sources:
-            config = load_model(source, device="cpu").cfg
+            model = load_model(source, device="cpu")
+            config = model.cfg
             shape = Shape(n_layers=config.n_layers, d_model=config.d_model, n_heads=config.n_heads)
+            if control == "random" and shape.label not in shapes:
+                raise ValueError(
+                    f"A random model is {shape.label} (layers x width), and the models are "
+                    f"{', '.join(shapes)}. As a control it has to have a shape of theirs."
+                )
             shapes.setdefault(shape.label, shape)
             subjects.append(
                 Subject(
@@ -73,6 +81,7 @@ def own_subjects(
                     source=source,
                     n_layers=shape.n_layers,
                     n_bytes=0,
+                    fingerprint=fingerprint(*model.state_dict().values()),
                 )
             )
             n_known[shape.label] += 1

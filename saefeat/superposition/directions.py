@@ -19,7 +19,11 @@ Pairs = tuple[Int[Tensor, " n_pairs"], Int[Tensor, " n_pairs"], Float[Tensor, " 
 
 
 def unit_rows(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Rows at length 1 in float64 on the processor; rows of norm 0 stay."""
+    """Rows at length 1 in float64 on the processor; rows of norm 0 stay.
+
+    Raises:
+        ValueError: A number is not finite.
+    """
     rows = rows.detach().cpu().double()
     if not rows.isfinite().all():
         raise ValueError(
@@ -32,6 +36,7 @@ def unit_rows(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
 
 
 def check_cosine(cosine: float, name: str) -> None:
+    """ValueError unless the option of that name is above 0 and at most 1."""
     if not 0 < cosine <= 1:
         raise ValueError(
             f"{name} must be above 0 and at most 1, got {cosine}: it is the least cosine between "

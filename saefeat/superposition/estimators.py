@@ -16,6 +16,10 @@ from torch import Tensor
 
 from saefeat.superposition.matching import features_over_seeds
 
+LEAST_COVERAGE = 0.9
+"""`good_turing_coverage` below which what was not found outweighs what was: there is a lower bound
+then, and no count."""
+
 
 def costly_latents(
     ablation_costs: Float[Tensor, " d_sae"], share: float = 0.1
@@ -104,7 +108,7 @@ def good_turing_coverage(found_in: Int[Tensor, " n_groups"], n_seeds: int) -> fl
     (Good 1953; for incidence data Chao and Jost 2012, without their last-order term.) Its
     expectation is that of the share of one seed's features that R - 1 others hold, so it is a
     little below the coverage of all R. Low where dictionaries share nothing, whatever the
-    variance they explain: below 0.9 an estimate of the number of features is not one.
+    variance they explain: see `LEAST_COVERAGE`.
 
     Raises:
         ValueError: There are fewer than 2 seeds, nothing was found, or a feature was found in

@@ -83,10 +83,6 @@ class SeedFeatures:
         """Groups found in two seeds at least."""
         return int((self.found_in >= 2).sum())
 
-    def seen_in(self, j: int) -> int:
-        """How many groups were found in exactly `j` seeds: Q_j of the estimators."""
-        return int((self.found_in == j).sum())
-
 
 def features_over_seeds(
     decoders: Sequence[Float[Tensor, "_ d"]], *, cosine: float = 0.8

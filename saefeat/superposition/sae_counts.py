@@ -107,20 +107,19 @@ def sae_counts(
     sparsity = {key: SparsityCounts(one.norm(dim=1)) for key, one in decoders.items()}
     costs = {key: AblationCosts(one) for key, one in decoders.items()}
     n_seen = 0
-    bar = progress_bar(
+    with progress_bar(
         total=min(n_tokens, stream.n_held_out_rows), unit="tok", desc="counting", shown=progress
-    )
-    for batch in stream.held_out_batches(n_tokens):
-        n_seen += len(next(iter(batch.values())))
-        bar.update(n_seen - bar.n)
-        rows = {name: batch[name].cpu().float() for name in needed}
-        for key, dictionary in measured.items():
-            x, target = measured.rows_of(key, rows)
-            codes = dictionary.encode(x)
-            recon = dictionary.decode(codes)
-            sparsity[key].update(codes)
-            costs[key].update(codes, dictionary.balanced(target), dictionary.balanced(recon))
-    bar.close()
+    ) as bar:
+        for batch in stream.held_out_batches(n_tokens):
+            n_seen += len(next(iter(batch.values())))
+            bar.update(n_seen - bar.n)
+            rows = {name: batch[name].cpu().float() for name in needed}
+            for key, dictionary in measured.items():
+                x, target = measured.rows_of(key, rows)
+                codes = dictionary.encode(x)
+                recon = dictionary.decode(codes)
+                sparsity[key].update(codes)
+                costs[key].update(codes, dictionary.balanced(target), dictionary.balanced(recon))
     return tuple(
         _counts(measured, keys, decoders, sparsity, costs, n_seen, cosine, cost_share)
         for keys in families

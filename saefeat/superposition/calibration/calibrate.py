@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 
 import torch
 from jaxtyping import Float
@@ -90,7 +91,7 @@ def calibrate(
 
     Cost: each layer takes as long as training the seeds at this hook and width took. With the
     defaults there are 9 at least, 12 to 20 mostly, points (layers + 1) = 32 at most; none if the
-    coverage of `counts` is below 0.9.
+    coverage of `counts` is below 0.9, or their FVU not below 1.
 
     Args:
         counts: Of one hook and width, by `sae_counts`.
@@ -134,7 +135,7 @@ def calibrate(
             f"Simulated dictionaries need a batch of {batch_size} rows at least, got {n_tokens}. "
             + ("" if rows else "The bank does not say how many it saw: give rows.")
         )
-    l0 = _mean(counts.l0) if l0 is None else l0
+    l0 = fmean(counts.l0) if l0 is None else l0
     if not 0 < l0 < counts.d_in:
         raise ValueError(
             f"l0 must be above 0 and below the width {counts.d_in}, got {l0:.3g}. "
@@ -228,10 +229,10 @@ class Simulation:
             What they gave, and how many were simulated.
         """
         seeds = range(first_seed, first_seed + layers)
-        wanted = _mean(self.observed.fvu)
+        wanted = fmean(self.observed.fvu)
         clean = self._count(n_features, seeds[0], 0.0)
         after_layer()
-        left = _mean(clean.fvu)
+        left = fmean(clean.fvu)
         noise_share = max(0.0, (wanted - left) / (1 - left)) if left < 1 else 0.0
         if noise_share < FAINT:
             noise_share = 0.0
@@ -245,8 +246,8 @@ class Simulation:
             noise_share=noise_share,
             stable=tuple(one.distinct.n_stable for one in counted),
             coverage=tuple(one.distinct.coverage or 0.0 for one in counted),
-            effective=tuple(_mean(one.effective) for one in counted),
-            fvu=tuple(_mean(one.fvu) for one in counted),
+            effective=tuple(fmean(one.effective) for one in counted),
+            fvu=tuple(fmean(one.fvu) for one in counted),
         )
         return point, layers + (noise_share > 0)
 
@@ -295,12 +296,8 @@ class Simulation:
 
 def _is_enough(point: CurvePoint, counts: SAECounts) -> bool:
     """Whether layers of more features need not be simulated."""
-    has_risen = _mean(point.stable) >= RISEN * counts.distinct.n_stable
-    return has_risen or _mean(point.coverage) < UNCOVERED
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    has_risen = fmean(point.stable) >= RISEN * counts.distinct.n_stable
+    return has_risen or fmean(point.coverage) < UNCOVERED
 
 
 def _recipe(family: Sequence[Dictionary], counts: SAECounts) -> DictionaryConfig:

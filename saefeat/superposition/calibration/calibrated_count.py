@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 from saefeat.superposition.calibration.curve import (
@@ -12,10 +13,9 @@ from saefeat.superposition.calibration.curve import (
     read_off,
     spread_of,
 )
+from saefeat.superposition.estimators import LEAST_COVERAGE
 from saefeat.superposition.sae_counts import SAECounts
 
-COVERED = 0.9
-"""Least coverage of a count that is calibrated."""
 TOLERANCES = {"coverage": 0.05, "effective": 0.15, "fvu": 0.15}
 """How far the observed may be from the simulated at the same stable count: coverage as it is,
 e^H and FVU as a share of the observed; or three spreads of the simulated, if that is more."""
@@ -81,7 +81,7 @@ class CalibratedCount:
             f"{seen.hook_name}: {number}",
             f"  {seen.d_sae:,} latents, {len(seen.seeds)} seeds: {seen.distinct.n_stable:,} found "
             f"in two, coverage {seen.distinct.coverage or 0:.3f}, "
-            f"e^H {_mean(seen.effective):,.0f}, FVU {_mean(seen.fvu):.3f}",
+            f"e^H {fmean(seen.effective):,.0f}, FVU {fmean(seen.fvu):.3f}",
             *(f"  {reason}" for reason in self.reasons),
         ]
         if self.curve:
@@ -91,9 +91,9 @@ class CalibratedCount:
                 "  features  2 x load    found  missed  coverage    e^H    FVU  noise",
             ]
         lines += [
-            f"  {point.n_features:8,} {2 * point.load:9.2f} {_mean(point.stable):8,.0f} "
-            f"{point.shortfall:7.0%} {_mean(point.coverage):9.3f} {_mean(point.effective):6,.0f} "
-            f"{_mean(point.fvu):6.3f} {point.noise_share:6.3f}"
+            f"  {point.n_features:8,} {2 * point.load:9.2f} {fmean(point.stable):8,.0f} "
+            f"{point.shortfall:7.0%} {fmean(point.coverage):9.3f} {fmean(point.effective):6,.0f} "
+            f"{fmean(point.fvu):6.3f} {point.noise_share:6.3f}"
             for point in self.curve
         ]
         return "\n".join(lines)
@@ -175,13 +175,16 @@ def conclude(
 
 def why_untrusted(observed: SAECounts) -> list[str]:
     """What is wrong with a count before anything is simulated."""
-    coverage = observed.distinct.coverage
+    coverage, fvu = observed.distinct.coverage, fmean(observed.fvu)
     if coverage is None or observed.distinct.n_stable == 0:
         return ["No feature was found in two seeds."]
-    if coverage < COVERED:
+    if coverage < LEAST_COVERAGE:
         return [
-            f"Coverage {coverage:.2f} is below {COVERED}: a seed finds much that the others do not."
+            f"Coverage {coverage:.2f} is below {LEAST_COVERAGE}: a seed finds much that the others "
+            "do not."
         ]
+    if fvu >= 1:
+        return [f"FVU {fvu:.2f} is not below 1: the dictionaries explain nothing of the layer."]
     return []
 
 
@@ -192,8 +195,8 @@ def differences(
     found = []
     for name, label, value in (
         ("coverage", "coverage", observed.distinct.coverage or 0.0),
-        ("effective", "e^H", _mean(observed.effective)),
-        ("fvu", "FVU", _mean(observed.fvu)),
+        ("effective", "e^H", fmean(observed.effective)),
+        ("fvu", "FVU", fmean(observed.fvu)),
     ):
         least, most = range_within(curve, name, low, high)
         share = TOLERANCES[name]
@@ -202,7 +205,3 @@ def differences(
         if not least - allowed <= value <= most + allowed:
             found.append(f"{label} is {least:.3g} to {most:.3g}, and {value:.3g} was observed")
     return found
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

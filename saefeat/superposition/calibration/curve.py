@@ -46,7 +46,8 @@ class Reading:
     estimate: float
     """Where the curve rises through the count. The first or last n of the rise if it does not."""
     low: float
-    """Of the interval; the least n that was simulated if the interval begins below it."""
+    """Of the interval; the least n that was simulated if the interval begins below it, and that of
+    the peak if it begins past it."""
     high: float
     """Of the interval; infinite if the curve does not rise past the count for certain."""
     is_below: bool
@@ -104,7 +105,7 @@ def read_off(curve: Sequence[CurvePoint], stable: int) -> Reading:
     width = inside[1] - inside[0]
     return Reading(
         estimate=math.exp(middle),
-        low=math.exp(max(low, x[0])),
+        low=math.exp(np.clip(low, x[0], x[peak])),
         high=math.exp(max(high, x[0])),
         is_below=bool(low < x[0]),
         slope=float(rise / width) if width > 0 else 0.0,

@@ -6,7 +6,7 @@ from saefeat.superposition.counting.agreement import Agreement
 from saefeat.superposition.counting.code_densities import code_densities
 from saefeat.superposition.counting.feature_count import FeatureCount, Step
 from saefeat.superposition.counting.layer_rows import LayerRows
-from saefeat.superposition.counting.search import COVERED
+from saefeat.superposition.estimators import LEAST_COVERAGE
 from saefeat.superposition.theory import load
 
 MARGIN = 0.02
@@ -36,10 +36,10 @@ def conclude(
             f"Only {last.shared_energy:.0%} of the energy of the codes came back after another "
             f"random start ({REPEATED:.0%} is needed)."
         )
-    if last.coverage < COVERED:
+    if last.coverage < LEAST_COVERAGE:
         reasons.append(
-            f"Coverage {last.coverage:.2f} is below {COVERED}: a random start finds much that the "
-            "others do not."
+            f"Coverage {last.coverage:.2f} is below {LEAST_COVERAGE}: a random start finds much "
+            "that the others do not."
         )
     if last.n_features > FULL * last.d_sae:
         reasons.append(

@@ -94,6 +94,15 @@ class FeatureCount:
         return self.estimate / self.n_neurons
 
     @property
+    def last_step(self) -> Step:
+        """The comparison that the count rests on: the last, or, where starts agreed on too little
+        for a longer one, that of the width at which they agree on most."""
+        last = self.steps[-1]
+        if last.stage == "whole":
+            return last
+        return max(self.width_curve, key=lambda step: step.n_strict)
+
+    @property
     def width_curve(self) -> tuple[Step, ...]:
         """The best number of picks at each width that was tried."""
         best: dict[int, Step] = {}
@@ -145,7 +154,7 @@ class FeatureCount:
                 f"({self.low / self.n_neurons:.2f} per neuron)"
             )
         lines = [f"{self.hook_name}: {number}"]
-        last = self.steps[-1]
+        last = self.last_step
         lines.append(
             f"  {last.d_sae:,} atoms, {last.picks} picks a row, {self.n_tokens:,} rows, "
             f"{len(self.seeds)} random starts: coverage {self.coverage:.3f}, "

@@ -11,6 +11,7 @@ from saefeat.activations.stream import ActivationStream
 from saefeat.training.new_bank import group_name
 
 HELD_OUT_ROWS = 30_000
+"""Rows that fits are measured on, and densities; fewer where fewer were held out."""
 
 
 class LayerRows:

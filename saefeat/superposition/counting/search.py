@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from saefeat.superposition.counting.agreement import Agreement
+from saefeat.superposition.estimators import LEAST_COVERAGE
 
 Compare = Callable[[int, int, int, int], Agreement]
 """What random starts agree on, given atoms, picks, the number of starts and that of rows."""
@@ -12,8 +13,6 @@ ROOM = 0.8
 """A width is wide enough if the features fill at most this share of it."""
 LAST_WIDTH = 1.5
 """Atoms of the last fits per feature: few, since those to spare are copies, sums and ghosts."""
-COVERED = 0.9
-"""Least coverage of a count: below, what is not found outweighs what is."""
 
 
 def choose(
@@ -81,7 +80,7 @@ def _agreement(one: Agreement) -> float:
 
 def _should_grow(widths: list[Agreement]) -> bool:
     last = widths[-1]
-    if last.coverage >= COVERED and last.n_features <= ROOM * last.d_sae:
+    if last.coverage >= LEAST_COVERAGE and last.n_features <= ROOM * last.d_sae:
         return False
     # Two widths more on which starts agree no better, and on no more features: wider ones will not.
     before = widths[-3] if len(widths) > 2 else None

@@ -62,6 +62,8 @@ class CoActivation:
 
     def given(self, latents: Int[Tensor, " n"], others: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """P(other on | latent on) for pairs of latents; nan where the latent never fires."""
+        if not len(latents):  # of which scipy makes a sparse array again
+            return torch.zeros(0, dtype=torch.float64)
         together = torch.from_numpy(self.counts[latents.tolist(), others.tolist()]).double()
         return together / self.firing[latents]
 
