@@ -118,10 +118,14 @@ class Job:
     @property
     def _as_json(self) -> dict[str, Any]:
         """What `of_run` reads, wherever it is called."""
+        from saefeat.models.packaged import SMOLLM2_NAME, TINY_MODELS
+
         folder = Path(self.model).expanduser()
+        # A packaged name wins over a folder, as it does where models are loaded.
+        is_folder = self.model not in (SMOLLM2_NAME, *TINY_MODELS) and folder.is_dir()
         return {
             **asdict(self),
-            "model": str(folder.resolve()) if folder.is_dir() else self.model,
+            "model": str(folder.resolve()) if is_folder else self.model,
             "text": None if self.text is None else str(self.text.resolve()),
         }
 
