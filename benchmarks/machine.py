@@ -81,6 +81,14 @@ def commit() -> str:
     return result.stdout.strip() or "unknown"
 
 
+def read_rows(table: Path) -> list[dict[str, str]]:
+    """The rows of a CSV, each by its columns; none if the file is not there."""
+    if not table.is_file():
+        return []
+    with table.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def write_row(out: Path, row: Mapping[str, Any]) -> None:
     """Append a row to the CSV `out`, begun if it is not there, and print it.
 

@@ -6,10 +6,10 @@ Left, one group of bars for each kind at the first shape: the peers' step over o
 this library. Right, our step's time per latent against the number of latents.
 """
 
-import csv
 from pathlib import Path
 
 import matplotlib
+from machine import read_rows
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -25,7 +25,11 @@ PEERS = {
 
 
 def main() -> None:
-    steps = [row for row in rows("step.csv") if all(row[name] == v for name, v in SHAPE.items())]
+    steps = [
+        row
+        for row in read_rows(RESULTS / "step.csv")
+        if all(row[name] == v for name, v in SHAPE.items())
+    ]
     ratios = {
         (row["kind"], row["contestant"]): float(row["over_saefeat"])
         for row in steps
@@ -48,7 +52,7 @@ def main() -> None:
     left.set_ylabel("time of a training step, saefeat = 1")
     left.set_title("4,096 tokens, d_in 576, 4,608 latents, k 32", fontsize=10)
     left.legend(fontsize=8)
-    scan = [row for row in rows("scaling.csv") if row["scan"] == "d_sae"]
+    scan = [row for row in read_rows(RESULTS / "scaling.csv") if row["scan"] == "d_sae"]
     right.plot(
         [int(row["d_sae"]) for row in scan],
         [float(row["us_per_latent"]) for row in scan],
@@ -66,12 +70,6 @@ def main() -> None:
     )
     figure.tight_layout()
     figure.savefig(RESULTS / "speed.png", dpi=110)
-
-
-def rows(name: str) -> list[dict[str, str]]:
-    """The rows of a table of results."""
-    with (RESULTS / name).open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ as beyond the limit, and have a lower bound only. SAEs count as flagged where th
 seeds is below 0.9. The line is where 2 x load is 1.
 """
 
-import csv
 import math
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import matplotlib
+from machine import read_rows
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -33,8 +33,7 @@ Row = dict[str, str]
 
 
 def main() -> None:
-    with (RESULTS / "counting.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(RESULTS / "counting.csv")
     print_table(rows)
     mapped = [row for row in rows if row["sae_distinct"]]
     width = Counter(row["d_in"] for row in mapped).most_common(1)[0][0]

@@ -11,7 +11,6 @@ last ("whole") has the answer, those of stage "width" are the width curve.
 The text is the standard library's sources, the site residual streams after the named blocks.
 """
 
-import csv
 import sysconfig
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 import tyro
-from machine import where, write_row
+from machine import read_rows, where, write_row
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import saefeat as sf
@@ -78,14 +77,11 @@ def cache(name: str, options: Options) -> Path:
 
 
 def main(options: Options) -> None:
-    done = set()
-    if options.out.is_file():
-        with options.out.open(newline="") as file:
-            done = {
-                (row["model"], row["hook_name"])
-                for row in csv.DictReader(file)
-                if row["stage"] == "whole"
-            }
+    done = {
+        (row["model"], row["hook_name"])
+        for row in read_rows(options.out)
+        if row["stage"] == "whole"
+    }
     options.stores.mkdir(parents=True, exist_ok=True)
     for name in options.models:
         store = cache(name, options)

@@ -16,7 +16,6 @@ SAELens was far behind: TopK on layer 15 ended at FVU .46 after 0.4M tokens, .22
     python benchmarks/recipes.py --peer-rate 4e-3 --out benchmarks/results/recipes.csv
 """
 
-import csv
 import math
 import sysconfig
 import tempfile
@@ -30,6 +29,7 @@ from typing import Any
 import torch
 import tyro
 from kinds import CONFIGS, PENALTY, sae_lens_dictionary
+from machine import read_rows, write_row
 
 import saefeat as sf
 from saefeat.metrics.fidelity import FidelitySums
@@ -123,15 +123,10 @@ class Bench:
         self.ablated = self.cross_entropy.replaced(self.hook, torch.zeros_like)
 
     def done(self, library: str, kind: str) -> dict[str, str] | None:
-        if self.options.out.is_file():
-            with self.options.out.open() as file:
-                for row in csv.DictReader(file):
-                    if (row["layer"], row["library"], row["kind"]) == (
-                        str(self.layer),
-                        library,
-                        kind,
-                    ):
-                        return row
+        wanted = (str(self.layer), library, kind)
+        for row in read_rows(self.options.out):
+            if (row["layer"], row["library"], row["kind"]) == wanted:
+                return row
         return None
 
     def saefeat(self, kind: str) -> None:
@@ -219,13 +214,7 @@ class Bench:
             "train_seconds": f"{seconds:.0f}",
             "held_out_tokens": len(self.x),
         }
-        is_new = not self.options.out.is_file()
-        with self.options.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if is_new:
-                writer.writeheader()
-            writer.writerow(row)
-        print(row, flush=True)
+        write_row(self.options.out, row)
 
     def selectivity(self, codes: list[sf.Codes]) -> float:
         """Median over latents of the share of one token among a latent's strongest tokens."""

@@ -21,7 +21,6 @@ minute of one core. At the end the shares of right and wrong verdicts are printe
 - right: the theory was claimed. wrong: another was.
 """
 
-import csv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from machine import where, write_row
+from machine import read_rows, where, write_row
 
 import saefeat as sf
 from saefeat.study import (
@@ -160,24 +159,16 @@ def _mean(found: Finding, label: str) -> float | str:
     return round(float(np.mean(values)), 2) if values else ""
 
 
-def rows_in(path: Path) -> list[dict[str, str]]:
-    """The rows that a CSV has."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def main(options: Options) -> None:
     torch.set_num_threads(1)
-    done = {(row["theory"], int(row["run"])) for row in rows_in(options.out)}
+    done = {(row["theory"], int(row["run"])) for row in read_rows(options.out)}
     for run in range(options.runs):
         for theory in options.theories:
             if (theory, run) not in done:
                 row = row_of(theory, run, options.n_tokens)
                 write_row(options.out, where(torch.device("cpu")) | row)
     for theory in options.theories:
-        own = [row for row in rows_in(options.out) if row["theory"] == theory]
+        own = [row for row in read_rows(options.out) if row["theory"] == theory]
         right, wrong = (sum(row[name] == "True" for row in own) for name in ("right", "wrong"))
         print(f"{theory}: {right} of {len(own)} right, {wrong} wrong")
 

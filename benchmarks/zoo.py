@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 class Step:
     """Seconds of a step, beside transformers."""
 
-    out: Path = Path("results/zoo_step.csv")
+    out: Path = Path("zoo_step.csv")
     rounds: int = 15
     contexts: int = 64
 
@@ -102,7 +102,7 @@ class _Transformers:
 class Sizes:
     """Losses of several sizes, and the law through them."""
 
-    out: Path = Path("results/zoo_sizes.csv")
+    out: Path = Path("zoo_sizes.csv")
     parameters: tuple[int, ...] = (13_824, 27_648, 55_296, 110_592, 221_184)
     aspect_ratio: float = 12
     seeds: tuple[int, ...] = (0, 1)

@@ -1,6 +1,6 @@
 """Sparse dictionaries on language-model activations, and trustworthy counts of features.
 
-The names below load on first use, so that `import saefeat` costs no more than `import torch`.
+The names below load on first use: `import saefeat` by itself loads not even torch.
 """
 
 from importlib import import_module

@@ -5,13 +5,9 @@ from pathlib import Path
 
 from saefeat.activations.store import ActivationStore, cache_activations
 from saefeat.activations.stream import ActivationStream
-from saefeat.activations.tokens import load_tokens
+from saefeat.job import read_text
 from saefeat.models.load import load_model
 from saefeat.models.packaged import quiet_transformers
-
-SPARE = 1.25
-"""Tokens that are read for each that is stored: a tenth is held out, and a tenth, at most, is BOS,
-separators and attention sinks."""
 
 
 def cache_text(
@@ -51,14 +47,7 @@ def cache_text(
         raise ValueError(f"tokens={tokens} is too few; at least one must be stored.")
     with quiet_transformers():
         language_model = load_model(model)
-    context_size = min(context_size, language_model.cfg.n_ctx)
-    corpus = load_tokens(
-        text,
-        tokenizer=language_model.tokenizer,
-        context_size=context_size,
-        max_tokens=None if tokens is None else int(tokens * SPARE) + 2 * context_size,
-        seed=seed,
-    )
+    corpus = read_text(text, language_model, n_rows=tokens, context_size=context_size, seed=seed)
     stream = ActivationStream.from_model(language_model, corpus, hooks, seed=seed)
     return cache_activations(
         stream,

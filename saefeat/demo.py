@@ -1,13 +1,12 @@
 """The demo: a real model, one dictionary a layer, one pass, and what came out of it."""
 
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
 from saefeat.activations.stream import ActivationStream
-from saefeat.activations.tokens import load_tokens
 from saefeat.core.files import check_unclaimed
 from saefeat.dictionaries.topk import TopKConfig
+from saefeat.job import read_text
 from saefeat.models.load import load_model
 from saefeat.models.packaged import quiet_transformers
 from saefeat.report.measure import measure
@@ -56,13 +55,12 @@ def run_demo(
     n_held_out = min(HELD_OUT_TOKENS, tokens // 4)
     # A tenth more for what is held out, a tenth for BOS, separators and attention sinks.
     n_read = max(int(tokens * 1.1), tokens + 2 * n_held_out) + 2 * context_size
-    corpus = load_tokens(
-        Path(sysconfig.get_path("stdlib")) if text is None else text,
-        tokenizer=language_model.tokenizer,
+    corpus = read_text(
+        text,
+        language_model,
         context_size=context_size,
         max_tokens=n_read,
         held_out_fraction=n_held_out / n_read,
-        pattern="**/*.py" if text is None else "**/*",
     )
     if corpus.n_held_out == 0:
         raise ValueError(

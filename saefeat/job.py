@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # A command line that only shows its help need not wait for torch.
     from saefeat.activations.stream import ActivationStream
+    from saefeat.activations.tokens import Tokens
     from saefeat.dictionaries.base import DictionaryConfig
     from saefeat.training.bank import Bank
     from saefeat.training.plan import Plan
@@ -110,14 +111,23 @@ class Job:
         if job is None:
             raise ValueError(
                 f"{config} does not say which text was read, since no `saefeat train` wrote it. "
-                "Describe the run by flags."
+                "Say it by flags: --text, --model and the rest."
             )
         return from_json(cls, job, config)
 
     @property
     def _as_json(self) -> dict[str, Any]:
         """What `of_run` reads, wherever it is called."""
-        return {**asdict(self), "text": None if self.text is None else str(self.text.resolve())}
+        from saefeat.models.packaged import SMOLLM2_NAME, TINY_MODELS
+
+        folder = Path(self.model).expanduser()
+        # A packaged name wins over a folder, as it does where models are loaded.
+        is_folder = self.model not in (SMOLLM2_NAME, *TINY_MODELS) and folder.is_dir()
+        return {
+            **asdict(self),
+            "model": str(folder.resolve()) if is_folder else self.model,
+            "text": None if self.text is None else str(self.text.resolve()),
+        }
 
     @property
     def config_type(self) -> type[DictionaryConfig]:
@@ -149,21 +159,13 @@ class Job:
             OSError: There is no such model or text.
         """
         from saefeat.activations.stream import ActivationStream
-        from saefeat.activations.tokens import load_tokens
 
         if self.tokens < 1:
             raise ValueError(f"--tokens must be 1 or more, got {self.tokens}.")
         if model is None:
             model = self.language_model()
-        context_size = min(self.context_size, model.cfg.n_ctx)
-        tokens = load_tokens(
-            Path(sysconfig.get_path("stdlib")) if self.text is None else self.text,
-            tokenizer=model.tokenizer,
-            context_size=context_size,
-            # A tenth is held out, and another is room for BOS, separators and attention sinks.
-            max_tokens=int(1.25 * self.tokens) + 2 * context_size,
-            pattern="**/*.py" if self.text is None else "**/*",
-            seed=self.seed,
+        tokens = read_text(
+            self.text, model, n_rows=self.tokens, context_size=self.context_size, seed=self.seed
         )
         return ActivationStream.from_model(
             model,
@@ -208,6 +210,42 @@ class Job:
             "device": self.device,
             "log_every": self.log_every,
         }
+
+
+def read_text(
+    text: Path | None,
+    model: Any,
+    *,
+    context_size: int,
+    n_rows: int | None = None,
+    **options: Any,
+) -> Tokens:
+    """The tokens of a text for a language model.
+
+    Args:
+        text: A text file or folder; None for the sources of Python's standard library.
+        model: The TransformerLens model that will read them.
+        context_size: Tokens in a context; as many as the model reads if those are fewer.
+        n_rows: Rows of activations that they have to be enough for; None for all of the text.
+        options: What else `load_tokens` takes.
+
+    Raises:
+        ValueError: The text is empty, or an option is out of range.
+        OSError: There is no such text.
+    """
+    from saefeat.activations.tokens import load_tokens
+
+    context_size = min(context_size, model.cfg.n_ctx)
+    if n_rows is not None:
+        # A tenth is held out, and another is room for BOS, separators and attention sinks.
+        options["max_tokens"] = int(1.25 * n_rows) + 2 * context_size
+    return load_tokens(
+        Path(sysconfig.get_path("stdlib")) if text is None else text,
+        tokenizer=model.tokenizer,
+        context_size=context_size,
+        pattern="**/*.py" if text is None else "**/*",
+        **options,
+    )
 
 
 def _flag(name: str) -> str:

@@ -36,10 +36,11 @@ def measure_run(
         run: The folder of a run, or of one dictionary that `load_dictionary` opens.
         out: A new folder for the report; None for `report` in `run`.
         store: What `cache_activations` wrote, to be read in place of a text.
-        model: The language model; None for the one that the dictionaries are of.
+        model: The language model; None for the one that the dictionaries are of, and for none
+            with a store.
         text: A text file or folder; None for the held-out part of what `saefeat train` read.
         tokens: Held-out rows to measure on.
-        ce_tokens: Tokens for the loss recovered; 0 leaves it out, as a store does.
+        ce_tokens: Tokens for the loss recovered; 0 leaves it out.
         ablation: As for `measure`.
         counts: Rows to count the features of every hook on; None counts nothing.
         features: As for `measure`.
@@ -50,13 +51,15 @@ def measure_run(
         The report, and the folder that it is in.
 
     Raises:
-        ValueError: The run does not say what was read and no text or store is given; or as for
-            `measure` and `count_features`.
+        ValueError: The run does not say what was read and no text or store is given, or both
+            are; or as for `measure` and `count_features`.
         OSError: A folder is missing, or `out` holds files.
     """
     bank = Bank.load(run)
     out = run / "report" if out is None else out
     check_unclaimed(out, "report")
+    if store is not None and text is not None:
+        raise ValueError(f"Measure on --store {store} or on --text {text}, not on both.")
     language_model = None
     if store is None:
         job = _job(run, bank, model, text, device)
@@ -64,6 +67,8 @@ def measure_run(
         stream = job.stream(language_model)
     else:
         stream = ActivationStream.from_store(store, _hooks(bank))
+        if model is not None:
+            language_model = Job(model=model, device=device).language_model()
     counted = [
         count_features(
             stream,
@@ -80,8 +85,8 @@ def measure_run(
         bank,
         stream,
         n_tokens=tokens,
-        model=language_model if ce_tokens else None,
-        ce_tokens=ce_tokens or 1,
+        model=language_model,
+        ce_tokens=ce_tokens,
         ablation=ablation,
         counts=counted,
         features=features,
@@ -92,22 +97,34 @@ def measure_run(
 
 
 def _job(run: Path, bank: Bank, model: str | None, text: Path | None, device: str) -> Job:
-    """The text as `saefeat train` read it, so that what it held out is held out again."""
-    names = {one.origin.model_name for one in bank.values()}
+    """The text as `saefeat train` read it, so that what it held out is held out again.
+
+    Of another text a tenth is, in contexts of the length that the dictionaries were trained on.
+    """
     changes: dict[str, Any] = {"hooks": tuple(_hooks(bank)), "device": device}
     if model is not None:
         changes["model"] = model
-    if text is not None:
-        changes["text"] = text
-    if (run / "config.json").is_file() and text is None:
-        return replace(Job.of_run(run / "config.json"), **changes)
+    trained = None
+    if (run / "config.json").is_file():
+        try:
+            trained = Job.of_run(run / "config.json")
+        except ValueError:
+            if text is None:
+                raise
+    if trained is not None and text is None:
+        return replace(trained, **changes)
+    origins = [one.origin for one in bank.values()]
+    names = {one.model_name for one in origins} if trained is None else {trained.model}
     known = model or next(iter(names))
     if text is None or known is None or (len(names) > 1 and model is None):
         raise ValueError(
             f"{run} does not say which text and model to measure on: give --text and --model, or "
             "--store."
         )
-    return replace(Job(), **{"model": known, **changes})
+    sizes = [one.context_size for one in origins if one.context_size is not None]
+    if sizes:
+        changes["context_size"] = min(sizes)
+    return Job(**{"model": known, "text": text, **changes})
 
 
 def _hooks(bank: Bank) -> list[str]:

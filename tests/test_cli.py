@@ -13,7 +13,7 @@ import torch
 from tiny_models import VOCABULARY, save_tiny_llama
 
 import saefeat as sf
-from saefeat.cli import COMMANDS
+from saefeat.cli import COMMANDS, main
 from saefeat.dictionaries.base import Origin
 from saefeat.dictionaries.crosscoder import Crosscoder
 from saefeat.dictionaries.matching_pursuit import MatchingPursuit
@@ -21,6 +21,7 @@ from saefeat.dictionaries.registry import KINDS
 from saefeat.dictionaries.topk import TopK
 from saefeat.exporting import export
 from saefeat.job import Job, Kind
+from saefeat.measuring import measure_run
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -152,9 +153,10 @@ def test_an_interrupted_training_says_how_to_go_on_and_goes_on(local_model, text
 
 @pytest.fixture(scope="module")
 def run(local_model, text, tmp_path_factory):
-    """Two layers, two seeds, trained from the command line in the folder of the text."""
+    """Two layers, two seeds, trained from the command line by paths from the text's folder."""
     out = tmp_path_factory.mktemp("run") / "x"
-    options = ("--model", local_model, "--text", ".", *SMALL, "--k", 4, "--seeds", 0, 1)
+    model = os.path.relpath(local_model, text)
+    options = ("--model", model, "--text", ".", *SMALL, "--k", 4, "--seeds", 0, 1)
     hooks = ("--hooks", "blocks.[12].hook_resid_post", "--expansion-factors", 2)
     finished = saefeat("train", *options, *hooks, "--out", out, "--json", cwd=text)
     assert finished.returncode == 0, finished.stderr
@@ -236,6 +238,27 @@ def test_measure_counts_features_and_reads_a_store(run, tmp_path):
     assert all(row.ce_loss_recovered is None for row in report.rows)
     absent = saefeat("measure", run, "--store", tmp_path / "none", "--out", tmp_path / "r")
     assert_refused(absent, "none")
+
+
+def test_a_store_is_measured_with_the_model_that_is_named_and_not_beside_a_text(
+    run, local_model, text, tmp_path
+):
+    store = str(tmp_path / "acts")
+    job = Job.of_run(run / "config.json")
+    sf.cache_activations(job.stream(), store, 500, progress=False)
+    few = {"store": store, "tokens": 40, "ce_tokens": 16, "features": 1, "progress": False}
+    report, _ = measure_run(run, model=str(local_model), out=tmp_path / "report", **few)
+    assert all(row.ce_loss_recovered is not None for row in report.rows)
+    with pytest.raises(ValueError, match="not on both"):
+        measure_run(run, text=text, out=tmp_path / "other", **few)
+
+
+def test_another_text_is_read_by_the_model_of_the_run_in_contexts_as_in_training(
+    run, text, tmp_path
+):
+    few = {"tokens": 40, "ce_tokens": 1, "features": 0, "progress": False}
+    report, _ = measure_run(run, text=text, out=tmp_path / "report", **few)
+    assert report.cross_entropy["n_tokens"] == 16  # one context
 
 
 def test_export_writes_what_sae_lens_opens(run, tmp_path):
@@ -346,6 +369,12 @@ def test_bad_input_is_one_line_and_nothing_is_left(local_model, text, tmp_path, 
     finished = saefeat("demo", "--model", local_model, "--tokens", 200, "--out", out, *filled)
     assert_refused(finished, message)
     assert not out.exists()
+
+
+def test_debug_may_stand_before_the_command_under_torchrun_too(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="saefeat demo runs in one process"):
+        main(["--debug", "demo"])
 
 
 def test_debug_shows_the_traceback():

@@ -212,6 +212,14 @@ def test_an_exact_dictionary_recovers_all_of_the_loss(model, model_stream, ablat
     assert "CE rec.: loss recovered from" in str(report)
 
 
+def test_without_tokens_for_the_loss_a_model_still_says_what_latents_promote(model, model_stream):
+    bank = sf.Bank({(HOOK, 2.0, 0): signed_dictionary(32, HOOK)})
+    report = sf.measure(bank, model_stream, n_tokens=100, model=model, ce_tokens=0)
+    assert report.cross_entropy is None
+    assert report.rows[0].ce_loss_recovered is None
+    assert all(views.promoted.shape[1] for views in report.views.values())
+
+
 def test_a_dictionary_that_gives_nothing_recovers_none_of_the_loss(model, model_stream):
     nothing = TopK(sf.TopKConfig(k=1), 32, 32, Origin(hook_name=HOOK))
     report = sf.measure(sf.Bank({(HOOK, 1.0, 0): nothing}), model_stream, n_tokens=100, model=model)
@@ -220,7 +228,7 @@ def test_a_dictionary_that_gives_nothing_recovers_none_of_the_loss(model, model_
     assert report.rows[0].density_quantiles == {}
 
 
-@pytest.mark.parametrize("options", [{"n_tokens": 1}, {"ce_tokens": 0}, {"ablation": "resample"}])
+@pytest.mark.parametrize("options", [{"n_tokens": 1}, {"ce_tokens": -1}, {"ablation": "resample"}])
 def test_bad_options_are_refused(stream, options):
     bank = sf.Bank({("a", 1.0, 0): identity_dictionary(4)})
     with pytest.raises(ValueError, match="n_tokens must be at least 2"):

@@ -137,7 +137,7 @@ def train(
         job: The run.
         config: The config.json of an earlier run, whose options hold where no flag says otherwise.
         out: A new folder for the trained dictionaries.
-        resume: Go on with the run in that folder, by its own config.json.
+        resume: Go on with the run in that folder, by its own config.json; begin it if it is new.
         json: Print JSON: the plan, and the folder of each dictionary.
     """
     from json import dumps
@@ -181,7 +181,8 @@ def measure(
 
     Args:
         run: The folder of a run, or of one dictionary (SAELens, Gemma Scope, sparsify, …).
-        store: What `saefeat cache` wrote, to read instead of a text. No loss is measured then.
+        store: What `saefeat cache` wrote, to read instead of a text. No loss is measured then
+            unless a --model is given.
         model: Default: the model that the dictionaries are of.
         text: A text file or folder. Default: what `saefeat train` held out of its text.
         tokens: Held-out activations to measure on.

@@ -25,8 +25,9 @@ def main(arguments: list[str] | None = None) -> None:
     """The command `saefeat`. Exits with 2 and one line on a bad option or input."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        command = _parse([argument for argument in arguments if argument != "--debug"])
+        command = _parse(arguments)
         with _in_step(arguments[0]):
             command()
     except KeyboardInterrupt as stop:
@@ -82,6 +83,8 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
 
 def _described_by(arguments: list[str]) -> Path | None:
     """The config.json whose options are the defaults of the flags; None if they have their own."""
+    if arguments[:1] not in (["plan"], ["train"]):
+        return None
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     known.add_argument("--config", type=Path)
     known.add_argument("--out", type=Path, default=Path("saefeat-run"))
@@ -90,8 +93,6 @@ def _described_by(arguments: list[str]) -> Path | None:
         flags, _ = known.parse_known_args(arguments[1:])
     except argparse.ArgumentError:
         return None  # tyro says what is wrong with it.
-    if arguments[:1] not in (["plan"], ["train"]):
-        return None
     own: Path = flags.out / "config.json"
     described: Path | None = flags.config
     return own if described is None and flags.resume and own.is_file() else described

@@ -287,7 +287,12 @@ class Dictionary(OnHub, nn.Module, ABC):
                 own.copy_(tensors[name])
 
     def save(self, folder: str | Path) -> Path:
-        """Write the dictionary as a folder that SAELens opens too; see `sae_lens.save`."""
+        """Write the dictionary into a new folder, as one that SAELens opens too; gives the folder.
+
+        Raises:
+            FileExistsError: The folder already holds files.
+            ValueError: A weight is not finite.
+        """
         from saefeat.dictionaries import sae_lens
 
         return sae_lens.save(self, Path(folder))

@@ -16,7 +16,10 @@ from saefeat.kernels.dispatch import choose_kernels
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MatchingPursuitConfig(DictionaryConfig):
-    """Picks atoms one by one and refits them all: sparse coding, with no encoder to train."""
+    """Picks atoms one by one and refits them all: sparse coding, with no encoder to train.
+
+    Codes are those of non-negative orthogonal matching pursuit (Pati et al. 1993).
+    """
 
     k: int = 32
     """Atoms picked per token at most."""

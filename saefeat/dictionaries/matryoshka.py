@@ -14,7 +14,10 @@ from saefeat.kernels.codes import Codes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MatryoshkaConfig(BatchTopKConfig):
-    """Nested dictionaries: each prefix of the latents has to reconstruct by itself."""
+    """Nested dictionaries: each prefix of the latents has to reconstruct by itself.
+
+    After Bussmann et al. 2025 (arXiv:2503.17547).
+    """
 
     prefix_fractions: tuple[float, ...] = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
     """Share of the latents in each prefix, rising to 1."""

@@ -38,7 +38,8 @@ class RankedConfig(AuxiliaryConfig):
 class TopKConfig(RankedConfig):
     """Keeps the `k` largest latents of each token and zeroes the rest (Gao et al. 2024).
 
-    It bears a still higher rate: FVU .0672, .1660 and .2322 became .0661, .1637 and .2298.
+    It bears a higher rate than the others: on SmolLM2's layers 3, 15 and 27 FVU was .0661, .1637
+    and .2298, where at a lower rate it was .0672, .1660 and .2322.
     """
 
     short_run_rate: float = 8e-3

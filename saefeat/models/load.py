@@ -40,6 +40,7 @@ def load_model(
 
     Raises:
         FileNotFoundError: A path was given at which there is no model folder.
+        OSError: The hub has no model of that name, or cannot be reached.
         ModuleNotFoundError: The package with the weights, or one to read them, is missing.
         OSError: The hub has no model of that name, or cannot be reached.
         TypeError: `model` is neither a name nor a TransformerLens model.

@@ -52,9 +52,10 @@ def measure(
             held-out part is read.
         n_tokens: Rows to measure on; fewer if fewer were held out. A latent is alive if it
             fires on any of them, so compare reports of equal `n_tokens` only.
-        model: The language model, for the cross-entropy loss recovered; None leaves it out.
-        ce_tokens: Held-out tokens for that, each of which the model reads in full
-            once for each dictionary, once for each hook, and once clean.
+        model: The language model, for the cross-entropy loss recovered, the tokens that latents
+            promote and the text of those that the page shows; None leaves these out.
+        ce_tokens: Held-out tokens for the loss, each of which the model reads in full once for
+            each dictionary, once for each hook, and once clean; 0 leaves the loss out.
         ablation: What a hook's activations are replaced by for the loss that a dictionary
             recovers from: "zero", or "mean" for their mean over the held-out tokens.
         counts: What `count_features` gave for some of the hooks. The summary of such a layer has
@@ -72,17 +73,18 @@ def measure(
         KeyError: The stream lacks a hook of the bank.
         ValueError: An option is out of range, nothing was held out, or a measure is undefined.
     """
-    if n_tokens < 2 or ce_tokens < 1 or features < 0 or ablation not in ("zero", "mean"):
+    if n_tokens < 2 or ce_tokens < 0 or features < 0 or ablation not in ("zero", "mean"):
         raise ValueError(
-            "n_tokens must be at least 2, ce_tokens at least 1, features at least 0 and ablation "
+            "n_tokens must be at least 2, ce_tokens and features at least 0 and ablation "
             f"'zero' or 'mean', got {n_tokens}, {ce_tokens}, {features} and {ablation!r}."
         )
     targets = bank.targets
     wanted = bank.needed(stream.hooks)
-    if model is not None and stream.held_out_tokens is None:
+    measures_loss = model is not None and ce_tokens > 0
+    if measures_loss and stream.held_out_tokens is None:
         raise ValueError(
             "The loss recovered needs held-out tokens, and this stream has none (it was made "
-            "from tensors, or nothing was held out). Leave model=None."
+            "from tensors, or nothing was held out). Leave model=None, or set ce_tokens=0."
         )
     sparsity = {key: SparsityCounts(one.decoder_norms.detach()) for key, one in bank.items()}
     ranks = current()
@@ -134,7 +136,7 @@ def measure(
     row_sums = ranks.sum_each(row_sums)
     losses: dict[Key, dict[str, float]] = {}
     cross_entropy = None
-    if model is not None and stream.held_out_tokens is not None:
+    if measures_loss and stream.held_out_tokens is not None:
         n_contexts = max(1, ce_tokens // stream.held_out_tokens.context_size)
         evaluated = stream.held_out_tokens.first(n_contexts)
         evaluation = CrossEntropy(model, evaluated, ranks=ranks)

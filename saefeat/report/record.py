@@ -79,7 +79,7 @@ class Row:
     ce_loss_ablated: float | None
     """Loss with the hook ablated."""
     ce_loss_recovered: float | None
-    """None where no model was given."""
+    """None where no loss was measured."""
     density_quantiles: dict[str, float]
     """Quantiles of log10 density over the latents that fired."""
     fvu_by_hook: dict[str, float] | None = None
@@ -177,7 +177,7 @@ class Report:
     left_out: dict[str, Any] = field(default_factory=dict)
     """Positions that were read and gave no row, by reason."""
     cross_entropy: LossTokens | None = None
-    """None where no model was given."""
+    """None where no loss was measured."""
     densities: dict[str, Tensor] = field(default_factory=dict)
     """Density of every latent [d_sae], by `Row.label`."""
     views: dict[str, FeatureViews] = field(default_factory=dict)
