@@ -70,6 +70,7 @@ Way = Callable[[int], Tensor]
 class Options:
     out: Path = Path("device_mesh.csv")
     shapes: tuple[tuple[int, int, int, int], ...] = (
+        (512, 64, 1024, 8),
         (4096, 576, 4608, 32),
         (2048, 768, 24576, 64),
     )
