@@ -1,7 +1,8 @@
 """Dictionaries whose latents are divided among processes, each of which has every batch whole.
 
-By plain collectives: with DTensor in their place a step takes as long, and one of DTensor's own
-operators, which are dense, five times as long or more (`benchmarks/device_mesh.py`).
+By plain collectives: with DTensor in their place a wide step takes as long and a small one longer,
+and a wide step of operators on DTensors, which are dense, five times as long
+(`benchmarks/device_mesh.py`).
 """
 
 from collections.abc import Mapping
