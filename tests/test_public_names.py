@@ -109,5 +109,5 @@ def test_training_from_tensors_needs_no_language_model_library_and_no_plots() ->
 
 
 def test_the_version_is_that_of_the_package() -> None:
-    pyproject = (Path(saefeat.__file__).parent.parent / "pyproject.toml").read_text()
+    pyproject = (Path(__file__).parent.parent / "pyproject.toml").read_text()
     assert f'\nversion = "{saefeat.__version__}"\n' in pyproject
