@@ -8,7 +8,6 @@ import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -222,22 +221,29 @@ def _common_places(
 
     They are where documents start, and where a token of every tokenizer ends.
     """
-    ends = [one.ends[one.ends >= 0] for one in text.tokenised]
-    common = reduce(np.intersect1d, ends)
-    n_fewest = min(len(one) for one in ends)
-    if len(common) < least_aligned * n_fewest:
+    is_common = np.ones(len(text.characters) + 1, dtype=bool)
+    n_fewest = len(is_common)
+    for one in text.tokenised:
+        is_end = np.zeros_like(is_common)
+        is_end[one.ends[one.ends >= 0]] = True
+        is_common &= is_end
+        n_fewest = min(n_fewest, int(is_end.sum()))
+    n_common = int(is_common.sum())
+    if n_common < least_aligned * n_fewest:
         raise ValueError(
-            f"Tokens of all tokenizers end together at {len(common):,} characters, of the "
+            f"Tokens of all tokenizers end together at {n_common:,} characters, of the "
             f"{n_fewest:,} at which those of one end: less than least_aligned={least_aligned}. "
             "Rows that so few tokens stand for would say little of the models. Does one tokenizer "
             "leave out or rewrite much of this text, or does it have few words of this language?"
         )
-    places = np.union1d(common, text.starts)
-    counts = np.empty((len(ends), len(places)), dtype=np.int64)
+    is_place = is_common.copy()
+    is_place[text.starts] = True
+    places = np.flatnonzero(is_place)
+    counts = np.empty((len(text.tokenised), len(places)), dtype=np.int64)
     for row, one in zip(counts, text.tokenised, strict=True):
         row[np.searchsorted(places, text.starts)] = one.n_before
-        is_common = np.isin(one.ends, common)
-        row[np.searchsorted(places, one.ends[is_common])] = np.flatnonzero(is_common) + 1
+        ends_together = np.flatnonzero((one.ends >= 0) & is_common[one.ends])
+        row[np.searchsorted(places, one.ends[ends_together])] = ends_together + 1
     return places, counts
 
 
@@ -276,7 +282,7 @@ def _first_held_out(
     """The place where the held-out part begins, counted in tokens of the finest tokenizer."""
     finest = int(counts[:, -1].argmax())
     n_before, n_tokens = counts[finest], int(counts[finest, -1])
-    starts = n_before[np.isin(places, text.starts)]
+    starts = n_before[np.searchsorted(places, text.starts[text.starts <= places[-1]])]
     cut = held_out_start(starts[starts < n_tokens].tolist(), n_tokens, sizes[finest], fraction)
     return int(np.searchsorted(n_before, cut, side="right")) - 1
 

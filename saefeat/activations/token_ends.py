@@ -40,15 +40,15 @@ def _ends(text: str, encoding: Any) -> Int[np.ndarray, " n"]:
     # The first character of all tokens that follow: the bytes of a character are all said to be
     # the whole of it, so that one that is not its last overlaps with the next.
     following = np.minimum.accumulate(np.append(starts, len(text))[::-1])[::-1][1:]
-    is_end = (ends > 0) & (ends <= following)
+    is_end = ends <= following
     for number in np.flatnonzero(is_end & (ends < following)):
         between = text[ends[number] : following[number]]
         # Some tokenizers drop spaces. Others cut them off what they say that a token is of.
         is_cut = ends[number] > starts[number] and encoding.tokens[number].endswith(SPACES)
         is_end[number] = between.isspace() and not is_cut
-    # A token of no characters, as is a space put before the text, ends where another has.
-    _, first = np.unique(ends[is_end], return_index=True)
-    kept = np.flatnonzero(is_end)[first]
+    kept = np.flatnonzero(is_end)
+    # A token of no characters, such as a space put before the text, ends where another has.
+    kept = kept[np.diff(ends[kept], prepend=0) > 0]
     found = np.full(len(ends), -1, dtype=np.int64)
     found[kept] = ends[kept]
     return found
