@@ -87,6 +87,8 @@ def load_aligned_tokens(
             f"It needs a tokenizer for each model, got {len(tokenizers)}, and least_aligned from "
             f"0 to 1, got {least_aligned}."
         )
+    if isinstance(source, Tensor):
+        raise TypeError("A tensor of token ids has no text. Give the text that they are of.")
     check_share(held_out_fraction)
     bos_ids = [first_id_of_contexts(one, prepend_bos) for one in tokenizers]
     sizes = [context_size - (bos is not None) for bos in bos_ids]
