@@ -6,16 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import token_ids
+from tiny_models import byte_pairs, fast, token_ids
 from tokenizers import (
     Regex,
     Tokenizer,
-    decoders,
     models,
     normalizers,
     pre_tokenizers,
-    processors,
-    trainers,
 )
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -33,38 +30,6 @@ AWKWARD = [
     "plain words that are said twice, plain words that are said twice",
 ]
 WORDS = ["the quick brown fox jumps over the lazy dog, again and again. " * n for n in range(1, 30)]
-
-
-def fast(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
-def byte_pairs(
-    vocabulary_size: int = 256,
-    *,
-    texts: Sequence[str] = AWKWARD,
-    use_regex: bool = False,
-    trim_offsets: bool = False,
-    add_prefix_space: bool = False,
-    **special: str,
-) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer; without the regular expression its tokens cross spaces."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
-        add_prefix_space=add_prefix_space, use_regex=use_regex
-    )
-    tokenizer.post_processor = processors.ByteLevel(
-        add_prefix_space=add_prefix_space, trim_offsets=trim_offsets
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size,
-        special_tokens=list(special.values()),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return fast(tokenizer, **special)
 
 
 def letters(normalizer: Any, pre_tokenizer: Any = None) -> PreTrainedTokenizerFast:
@@ -124,14 +89,14 @@ def ends_by_prefix(text: str, ids: Sequence[int], tokenizer: Any) -> list[int]:
     ids=str,
 )
 def test_tokens_of_bytes_end_where_their_bytes_do(size: int, options: dict[str, Any]) -> None:
-    tokenizer = byte_pairs(size, **options)
+    tokenizer = byte_pairs(size, AWKWARD, **options)
     found = tokenise_with_ends(AWKWARD, tokenizer)
     for text, (ids, ends) in zip(AWKWARD, found, strict=True):
         assert ends.tolist() == ends_by_bytes(text, ids, tokenizer), text
 
 
 def test_tokens_whose_last_spaces_are_not_told_end_nowhere() -> None:
-    tokenizer = byte_pairs(420, trim_offsets=True)
+    tokenizer = byte_pairs(420, AWKWARD, trim_offsets=True)
     n_cut = 0
     found = tokenise_with_ends(AWKWARD, tokenizer)
     for text, (ids, ends) in zip(AWKWARD, found, strict=True):
@@ -218,7 +183,7 @@ def cut_by_hand(text: str, tokenizers: Sequence[Any], size: int) -> list[str]:
 
 @pytest.mark.parametrize("sizes", [(256, 420), (300, 420), (420, 256, 330)], ids=str)
 def test_contexts_are_as_long_as_fits_and_ends_are_of_their_characters(sizes: Any) -> None:
-    tokenizers = [byte_pairs(size, use_regex=size == 330) for size in sizes]
+    tokenizers = [byte_pairs(size, AWKWARD, use_regex=size == 330) for size in sizes]
     text = "".join(AWKWARD) * 3
     loaded = sf.load_aligned_tokens([text], tokenizers, 64, held_out_fraction=0)
     expected = cut_by_hand(text, tokenizers, 64)
@@ -242,7 +207,7 @@ def test_contexts_are_as_long_as_fits_and_ends_are_of_their_characters(sizes: An
 def test_documents_bos_separators_and_held_out_are_as_for_one_tokenizer() -> None:
     documents = [f"{number:03} {text}" for number, text in enumerate(WORDS)]
     special = {"bos_token": "<s>", "eos_token": "</s>"}
-    pair = byte_pairs(270, **special), byte_pairs(400, texts=WORDS, use_regex=True)
+    pair = byte_pairs(270, AWKWARD, **special), byte_pairs(400, WORDS, use_regex=True)
     a, b = sf.load_aligned_tokens(documents, pair, 48, held_out_fraction=0.2)
     assert (a.prepend_bos, b.prepend_bos) == (True, False)
     assert (a.ids[:, 0] == pair[0].bos_token_id).all()
@@ -274,7 +239,7 @@ def test_documents_bos_separators_and_held_out_are_as_for_one_tokenizer() -> Non
 
 @pytest.mark.parametrize("max_tokens", [None, 600])
 def test_with_one_tokenizer_contexts_are_those_of_load_tokens(max_tokens: int | None) -> None:
-    tokenizer = byte_pairs(400, texts=WORDS, eos_token="</s>")
+    tokenizer = byte_pairs(400, WORDS, eos_token="</s>")
     options: dict[str, Any] = {"max_tokens": max_tokens, "held_out_fraction": 0.25, "seed": 3}
     alone = sf.load_tokens(WORDS, tokenizer, 32, **options)
     for tokens in sf.load_aligned_tokens(WORDS, [tokenizer, tokenizer], 32, **options):
@@ -291,7 +256,10 @@ def test_text_without_a_common_end_for_a_context_is_left_out(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     long_word = "0" * 40
-    bytewise, words = byte_pairs(), Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    bytewise, words = (
+        byte_pairs(256, AWKWARD),
+        Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")),
+    )
     words.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_next")
     text = "one two three " * 5 + long_word + " four five six" * 5
     a, b = sf.load_aligned_tokens([text], [bytewise, fast(words)], 16, held_out_fraction=0)
@@ -309,7 +277,7 @@ def chunks_of(n: int) -> PreTrainedTokenizerFast:
 
 
 def test_bad_input_is_one_clear_error() -> None:
-    text, bytewise = "a" * 1200, byte_pairs()
+    text, bytewise = "a" * 1200, byte_pairs(256, AWKWARD)
     with pytest.raises(ValueError, match=r"at 100 characters, of the 300.*least_aligned=0.5"):
         sf.load_aligned_tokens([text], [chunks_of(3), chunks_of(4)], 16)
     few, _ = sf.load_aligned_tokens([text], [chunks_of(3), chunks_of(4)], 16, least_aligned=0.3)
