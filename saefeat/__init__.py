@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from saefeat import metrics as metrics
     from saefeat import study as study
     from saefeat import superposition as superposition
+    from saefeat.activations.aligned_tokens import load_aligned_tokens as load_aligned_tokens
     from saefeat.activations.hooks import read_activations as read_activations
     from saefeat.activations.store import ActivationStore as ActivationStore
     from saefeat.activations.store import cache_activations as cache_activations
@@ -86,6 +87,7 @@ _HOMES = {
     "cache_activations": "saefeat.activations.store",
     "calibrate": "saefeat.superposition.calibration",
     "count_features": "saefeat.superposition.counting",
+    "load_aligned_tokens": "saefeat.activations.aligned_tokens",
     "load_dictionary": "saefeat.dictionaries.loading",
     "load_model": "saefeat.models.load",
     "load_tokens": "saefeat.activations.tokens",

@@ -27,6 +27,7 @@ ALL_LAYERS = "blocks.*.hook_resid_post"
 ONE_LAYER = "blocks.3.hook_resid_post"
 TWO_LAYERS = "blocks.[36].hook_resid_post"  # of commands, in which two processes divide the bank
 INSTALLS = "python3 -m venv"
+CORPUS = Path(argparse.__file__).read_text()[:60_000]
 SLOW = ("How many features?",)
 
 
@@ -80,7 +81,7 @@ def run_section(section: str, names: dict[str, Any]) -> dict[str, Any]:
 def script(smollm2: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The names that "In a script" leaves."""
     folder = tmp_path_factory.mktemp("script")
-    (folder / "corpus.txt").write_text(Path(argparse.__file__).read_text()[:60_000])
+    (folder / "corpus.txt").write_text(CORPUS)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         return run_section(SCRIPT, {"__name__": "readme"})
@@ -112,6 +113,7 @@ def test_section_runs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    (tmp_path / "corpus.txt").write_text(CORPUS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "KINDS", registry.KINDS)  # a section adds to it
     run_section(section, dict(script))

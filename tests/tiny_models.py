@@ -1,6 +1,7 @@
 """Language models of a few thousand weights, one for each TransformerLens class, and their text."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,49 @@ def tiny_tokenizer() -> Any:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     )
+
+
+def fast(tokenizer: Any, **special: str) -> Any:
+    """What Hugging Face makes of a tokenizer, with special tokens such as `eos_token`."""
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def byte_pairs(
+    vocabulary_size: int,
+    texts: Sequence[str],
+    *,
+    use_regex: bool = False,
+    trim_offsets: bool = False,
+    add_prefix_space: bool = False,
+    **special: str,
+) -> Any:
+    """A byte-level tokenizer; without the regular expression its tokens cross spaces."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=add_prefix_space, use_regex=use_regex
+    )
+    tokenizer.post_processor = processors.ByteLevel(
+        add_prefix_space=add_prefix_space, trim_offsets=trim_offsets
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=list(special.values()),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return fast(tokenizer, **special)
+
+
+def tiny_llama(vocabulary_size: int, seed: int = 0) -> Any:
+    """A TransformerBridge with a vocabulary of this size, for contexts of up to 64 tokens."""
+    torch.manual_seed(seed)
+    model_class, config_class, sizes = BRIDGED["bridge of Llama"]
+    longer = {"vocab_size": vocabulary_size, "max_position_embeddings": 64}
+    return _bridged(model_class, config_class, sizes | longer)
 
 
 def save_tiny_llama(folder: Path) -> Any:

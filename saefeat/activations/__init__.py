@@ -1,5 +1,6 @@
 """Where activations come from: text, hooks of a language model, and the stream of both."""
 
+from saefeat.activations.aligned_tokens import load_aligned_tokens
 from saefeat.activations.hook_names import resolve_hooks
 from saefeat.activations.hook_reader import HookReader
 from saefeat.activations.hooks import read_activations
@@ -16,6 +17,7 @@ __all__ = [
     "SyntheticActivations",
     "Tokens",
     "cache_activations",
+    "load_aligned_tokens",
     "load_tokens",
     "read_activations",
     "replaced_activations",

@@ -1,7 +1,8 @@
 """Documents, one after the other, from whatever holds them: files, lists, data sets."""
 
+import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,27 +76,43 @@ def tokenise(
     Raises:
         ValueError: There is text, but no tokenizer.
     """
-    numbers: list[int] = []
-    texts: list[str] = []
-    n_characters = 0
-    for number, document in enumerate(documents):
-        if not isinstance(document, str):
-            yield number, np.asarray(document, dtype=np.int64)
+    numbered = enumerate(documents)
+    for is_text, group in itertools.groupby(numbered, lambda one: isinstance(one[1], str)):
+        if not is_text:
+            for number, document in group:
+                yield number, np.asarray(document, dtype=np.int64)
             continue
         if tokenizer is None:
             raise ValueError(
                 "Text needs a tokenizer: pass tokenizer=model.tokenizer. Without one, give token "
                 "ids: an int tensor, or a data set with a column 'input_ids'."
             )
+        for numbers, pieces in batched_pieces(group):
+            yield from zip(numbers, _token_ids(pieces, tokenizer), strict=True)
+
+
+def batched_pieces(
+    numbered: Iterable[tuple[int, Document]],
+) -> Iterator[tuple[list[int], list[str]]]:
+    """Texts in pieces to be tokenised one by one, in batches, each with its document's number."""
+    numbers: list[int] = []
+    pieces: list[str] = []
+    n_characters = 0
+    for number, document in numbered:
+        if not isinstance(document, str):
+            raise ValueError(
+                f"Document {number} is token ids, and this takes text: where in it each token ends "
+                "is known to its tokenizer alone. Name the column with the text by text_column."
+            )
         for piece in _pieces(document):
             numbers.append(number)
-            texts.append(piece)
+            pieces.append(piece)
             n_characters += len(piece)
             if n_characters >= BATCH_CHARACTERS:
-                yield from zip(numbers, _token_ids(texts, tokenizer), strict=True)
-                numbers, texts, n_characters = [], [], 0
-    if texts:
-        yield from zip(numbers, _token_ids(texts, tokenizer), strict=True)
+                yield numbers, pieces
+                numbers, pieces, n_characters = [], [], 0
+    if pieces:
+        yield numbers, pieces
 
 
 def _token_ids(texts: list[str], tokenizer: Any) -> list[npt.NDArray[np.int64]]:

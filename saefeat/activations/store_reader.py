@@ -99,7 +99,8 @@ def _held_out_tokens(folder: Folder, index: StoreIndex) -> Tokens | None:
         if hash_bytes(data) != one.blake2b:
             raise ValueError(f"{folder}/{one.file} is damaged: its hash differs from the index.")
         part = load(data)
-        if not {"ids", "counts"} <= part.keys() or part["ids"].shape != part["counts"].shape:
+        shapes = {name: one.shape for name, one in part.items() if name != "text_hashes"}
+        if not {"ids", "counts"} <= shapes.keys() or len(set(shapes.values())) > 1:
             raise ValueError(f"{folder}/{one.file} does not hold contexts; it is damaged.")
         parts.append(part)
     if not parts:
@@ -107,6 +108,7 @@ def _held_out_tokens(folder: Folder, index: StoreIndex) -> Tokens | None:
     has_mask = any("attention_mask" in part for part in parts)
     masks = [part.get("attention_mask", torch.ones_like(part["counts"])) for part in parts]
     ids = torch.cat([part["ids"] for part in parts]).long()
+    has_text = all({"ends", "text_hashes"} <= part.keys() for part in parts)
     return Tokens(
         ids=ids,
         counts=torch.cat([part["counts"] for part in parts]),
@@ -114,4 +116,6 @@ def _held_out_tokens(folder: Folder, index: StoreIndex) -> Tokens | None:
         n_held_out=len(ids),
         prepend_bos=bool(index.prepend_bos),
         tokenizer_name=index.tokenizer_name,
+        ends=torch.cat([part["ends"] for part in parts]) if has_text else None,
+        text_hashes=torch.cat([part["text_hashes"] for part in parts]) if has_text else None,
     )

@@ -89,8 +89,9 @@ class StoreWriter:
     def save_contexts(self, tokens: Tokens) -> None:
         """Writes the contexts of this run's held-out rows; the next `publish` names them."""
         tensors = {"ids": tokens.ids.to(torch.int32), "counts": tokens.counts}
-        if tokens.attention_mask is not None:
-            tensors["attention_mask"] = tokens.attention_mask
+        optional = ("attention_mask", "ends", "text_hashes")
+        found = {name: getattr(tokens, name) for name in optional}
+        tensors |= {name: one for name, one in found.items() if one is not None}
         before = self.index.held_out_contexts
         # Never a name that the index vouches for: a kill might leave the one without the other.
         number = 1 + max((int(re.sub(r"\D", "", one.file)) for one in before), default=-1)

@@ -31,6 +31,11 @@ class Tokens:
     """Whether each context begins with a BOS token."""
     tokenizer_name: str = ""
     """What the tokenizer calls itself; "" where ids were given."""
+    ends: Int[Tensor, "c s"] | None = None
+    """Characters of the context's text up to the end of each token; -1 where a token ends inside of
+    a character, or is none of the text. None unless they are from `load_aligned_tokens`."""
+    text_hashes: Int[Tensor, " c"] | None = None
+    """A hash of the text of each context, beside `ends`."""
 
     @property
     def context_size(self) -> int:
@@ -62,12 +67,16 @@ class Tokens:
         return self._part(slice(0, n_contexts))
 
     def _part(self, contexts: slice) -> "Tokens":
-        mask = self.attention_mask
+        def part(one: Tensor | None) -> Tensor | None:
+            return None if one is None else one[contexts]
+
         return replace(
             self,
             ids=self.ids[contexts],
             counts=self.counts[contexts],
-            attention_mask=None if mask is None else mask[contexts],
+            attention_mask=part(self.attention_mask),
+            ends=part(self.ends),
+            text_hashes=part(self.text_hashes),
             n_held_out=0,
         )
 
@@ -119,30 +128,16 @@ def load_tokens(
         ValueError: There is no text or less than one context of it, a tokenizer or BOS is
             missing, a file is not UTF-8, or an argument is out of range.
     """
-    if not 0 <= held_out_fraction < 1:
-        raise ValueError(
-            f"held_out_fraction={held_out_fraction} is no share. It must be at least 0 and below "
-            "1, so that something is left to train on."
-        )
+    check_share(held_out_fraction)
     if isinstance(source, Tensor):
         return _take_tensor(
             source, tokenizer, max_tokens, held_out_fraction, prepend_bos, attention_mask
         )
     if attention_mask is not None:
         raise ValueError("attention_mask goes with a tensor; packed text has no padding.")
-    bos = _bos_id(tokenizer)
-    if prepend_bos and bos is None:
-        raise ValueError(
-            "prepend_bos=True needs a tokenizer with a BOS or CLS token, and this one has "
-            "neither. Leave prepend_bos at None to do without."
-        )
-    bos = None if prepend_bos is False else bos
+    bos = first_id_of_contexts(tokenizer, prepend_bos)
     body_size = context_size - (bos is not None)
-    if body_size < 1 or (max_tokens is not None and max_tokens < context_size):
-        raise ValueError(
-            f"context_size={context_size} with max_tokens={max_tokens} leaves no room for text. "
-            "A context must hold more than its BOS, and max_tokens at least one context."
-        )
+    check_sizes(context_size, body_size, max_tokens)
     n_wanted = None if max_tokens is None else max_tokens // context_size * body_size
     documents = iterate_documents(source, seed=seed, text_column=text_column, pattern=pattern)
     ids, is_separator, starts = _lay_out(documents, tokenizer, n_wanted)
@@ -151,7 +146,7 @@ def load_tokens(
             f"The text holds {len(ids)} tokens, less than the {body_size} of one context. "
             + ("Is it empty?" if len(ids) == 0 else "Give more text or a smaller context_size.")
         )
-    cut = _held_out_start(starts, len(ids), body_size, held_out_fraction)
+    cut = held_out_start(starts, len(ids), body_size, held_out_fraction)
     packed_ids, packed_counts = [], []
     for part in (slice(0, cut), slice(cut, None)):
         packed_ids.append(_pack(ids[part], body_size, bos if bos is not None else 0))
@@ -166,11 +161,44 @@ def load_tokens(
     )
 
 
+def check_share(held_out_fraction: float) -> None:
+    """Refuse what is no share of the text."""
+    if not 0 <= held_out_fraction < 1:
+        raise ValueError(
+            f"held_out_fraction={held_out_fraction} is no share. It must be at least 0 and below "
+            "1, so that something is left to train on."
+        )
+
+
+def check_sizes(context_size: int, body_size: int, max_tokens: int | None) -> None:
+    """Refuse contexts without room for text, `body_size` being their positions besides BOS."""
+    if body_size < 1 or (max_tokens is not None and max_tokens < context_size):
+        raise ValueError(
+            f"context_size={context_size} with max_tokens={max_tokens} leaves no room for text. "
+            "A context must hold more than its BOS, and max_tokens at least one context."
+        )
+
+
+def first_id_of_contexts(tokenizer: Any, prepend_bos: bool | None) -> int | None:
+    """The BOS that contexts begin with; None where they begin with text.
+
+    Raises:
+        ValueError: BOS is demanded of a tokenizer that has none.
+    """
+    bos = _bos_id(tokenizer)
+    if prepend_bos and bos is None:
+        raise ValueError(
+            "prepend_bos=True needs a tokenizer with a BOS or CLS token, and this one has "
+            "neither. Leave prepend_bos at None to do without."
+        )
+    return None if prepend_bos is False else bos
+
+
 def _lay_out(
     documents: Any, tokenizer: Any, n_wanted: int | None
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], list[int]]:
     """All documents end to end, which positions are separators, and where documents start."""
-    separator = _separator_id(tokenizer)
+    separator = separator_id(tokenizer)
     pieces: list[npt.NDArray[np.int64]] = []
     separators: list[int] = []
     starts: list[int] = []
@@ -196,8 +224,8 @@ def _lay_out(
     return joined, is_separator[: len(joined)], [start for start in starts if start < len(joined)]
 
 
-def _held_out_start(starts: list[int], n_ids: int, body_size: int, fraction: float) -> int:
-    """Where the held-out part begins; `n_ids` for none."""
+def held_out_start(starts: list[int], n_ids: int, body_size: int, fraction: float) -> int:
+    """Where the held-out part begins, a document's start if one will do; `n_ids` for none."""
     n_contexts = n_ids // body_size
     if fraction == 0 or n_contexts < 2:
         return n_ids
@@ -269,7 +297,8 @@ def _bos_id(tokenizer: Any) -> int | None:
     return _first_id(tokenizer, "cls_token_id", "bos_token_id")
 
 
-def _separator_id(tokenizer: Any) -> int | None:
+def separator_id(tokenizer: Any) -> int | None:
+    """The token that goes between documents."""
     return _first_id(tokenizer, "sep_token_id", "eos_token_id", "bos_token_id")
 
 

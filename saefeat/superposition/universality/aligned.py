@@ -14,7 +14,7 @@ from saefeat.activations.stream import ActivationStream
 from saefeat.activations.tokens import Tokens
 
 CONTEXTS = "contexts"
-"""Key of a batch that is no hook: of each row the number of its context, among those with rows."""
+"""Key of a batch that is no hook: of each row the number of its context."""
 
 
 def aligned_batches(
@@ -22,26 +22,28 @@ def aligned_batches(
 ) -> Iterator[tuple[tuple[Batch, ...], Batch]]:
     """Held-out rows that all streams have, in order.
 
-    A row is a token: a position of a context. Streams must read the same contexts of token ids;
-    then rows that one of them leaves out as outliers are left out of the others too.
+    A row is a token: a position of a context. Streams must read the same contexts of token ids; or
+    contexts of the same text, from `load_aligned_tokens`, and then a row is a character at which a
+    token of each ends. Rows that one of them leaves out as outliers are left out of the others
+    too.
 
     Args:
         streams: Where rows come from; one that stands there twice is read once.
         n_rows: Most rows to give.
 
     Yields:
-        The activations of each stream, the same rows in each, and what is known of the rows:
-        `token_ids`, `positions` and `contexts`. A stream of tensors has no tokens: then the
-        contexts are the numbers of the rows, and the rest is missing.
+        The activations of each stream, the same rows in each, and of each row its `contexts`. In
+        both, `token_ids` and `positions`: those of the first stream, and of each its own. A stream
+        of tensors has no tokens: then the contexts are the numbers of the rows, and the rest is
+        missing.
 
     Raises:
-        ValueError: Streams read other tokens, or are several and have none; or nothing was held
-            out.
+        ValueError: Streams read other tokens and other text, or are several and have none; or
+            nothing was held out.
     """
     readers = list(dict.fromkeys(streams))
-    if len(readers) > 1:
-        _check_same_tokens(readers)
-    rows = [_Rows(reader, n_rows if len(readers) == 1 else None) for reader in readers]
+    by_ends = len(readers) > 1 and not _have_same_tokens(readers)
+    rows = [_Rows(reader, n_rows if len(readers) == 1 else None, by_ends) for reader in readers]
     n_given = 0
     while n_given < n_rows and all(one.fill() for one in rows):
         last = min(int(one.keys[-1]) for one in rows)
@@ -65,21 +67,20 @@ def aligned_batches(
 class _Rows:
     """Rows of a stream that have been read and not yet given, by a key that grows."""
 
-    def __init__(self, stream: ActivationStream, n_rows: int | None) -> None:
+    def __init__(self, stream: ActivationStream, n_rows: int | None, by_ends: bool) -> None:
         self.keys: Int[Tensor, " n"] = torch.empty(0, dtype=torch.int64)
         self._has_tokens = stream.has_tokens
         self._batches = stream.held_out_batches(n_rows, with_tokens=stream.has_tokens)
         self._batch: Batch = {}
-        self._context_size = 1
+        self._places_in_context = stream.context_size or 1 << 31
         self._context, self._position, self._n_read = -1, -1, 0
-        tokens = stream.held_out_tokens if self._has_tokens else None
-        self._ids: Tensor | None = None
-        if tokens is not None:
-            self._context_size = tokens.context_size
+        self._tokens = stream.held_out_tokens
+        self._ends: Tensor | None = None
+        if self._tokens is not None:
             # A context in which no position counts gives no rows.
-            self._ids = tokens.ids[tokens.counts.any(1)]
-        elif self._has_tokens:
-            self._context_size = stream.context_size or 1 << 31
+            self._numbers = self._tokens.counts.any(1).nonzero().squeeze(1)
+            if by_ends:
+                self._ends, self._places_in_context = self._tokens.ends, 1 << 31
 
     def fill(self) -> bool:
         """Read on if nothing is left; False at the end."""
@@ -101,9 +102,16 @@ class _Rows:
                 begins[0] = True
             contexts = self._context + begins.cumsum(0)
             self._context, self._position = int(contexts[-1]), int(positions[-1])
-            self._check_ids(contexts, positions, batch[TOKEN_IDS].long())
+            places = positions
+            if self._tokens is not None:
+                contexts = self._checked(self._tokens, contexts, positions, batch[TOKEN_IDS])
             self._batch[CONTEXTS] = contexts
-            self.keys = contexts * self._context_size + positions
+            if self._ends is not None:
+                places = self._ends[contexts, positions].long()
+                kept = (places >= 0).nonzero().squeeze(1)
+                contexts, places = contexts[kept], places[kept]
+                self._batch = _rows_of(self._batch, kept)
+            self.keys = contexts * self._places_in_context + places
         return True
 
     def up_to(self, last: int) -> tuple[Int[Tensor, " n"], Batch]:
@@ -114,24 +122,30 @@ class _Rows:
         self._batch = {name: x[n:] for name, x in self._batch.items()}
         return taken
 
-    def _check_ids(self, contexts: Tensor, positions: Tensor, ids: Tensor) -> None:
-        if self._ids is None:
-            return
-        inside = contexts < len(self._ids)
-        there = self._ids[contexts[inside], positions[inside]]
-        if not bool(inside.all()) or not torch.equal(there, ids):
+    def _checked(self, tokens: Tokens, contexts: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
+        """The numbers of contexts, of those with rows, among all; their ids must be those named."""
+        is_inside = bool((contexts < len(self._numbers)).all())
+        if is_inside:
+            contexts = self._numbers[contexts]
+        if not is_inside or not torch.equal(tokens.ids[contexts, positions], ids.long()):
             raise ValueError(
                 "Rows of a stream are not the held-out tokens that it names, in their order: "
                 "perhaps every token of a context was left out as an outlier. Raise "
                 "max_norm_ratio, or set it to None."
             )
+        return contexts
 
 
 def _rows_of(batch: Batch, rows: Int[Tensor, " n"]) -> Batch:
     return {name: x.index_select(0, rows.to(x.device)) for name, x in batch.items()}
 
 
-def _check_same_tokens(streams: Sequence[ActivationStream]) -> None:
+def _have_same_tokens(streams: Sequence[ActivationStream]) -> bool:
+    """Whether streams read the same token ids; False where it is the same text alone.
+
+    Raises:
+        ValueError: It is other text, or not known to be the same.
+    """
     texts: list[Tokens] = []
     for stream in streams:
         if not stream.has_tokens or stream.held_out_tokens is None:
@@ -142,21 +156,25 @@ def _check_same_tokens(streams: Sequence[ActivationStream]) -> None:
             )
         texts.append(stream.held_out_tokens)
     first = texts[0]
-    for other in texts[1:]:
-        # One may hold fewer contexts, as a store does of which less was written.
-        n = min(len(first.ids), len(other.ids))
-        if torch.equal(first.ids[:n], other.ids[:n]):
-            if not torch.equal(first.counts[:n], other.counts[:n]):
-                raise ValueError(
-                    "The streams hold out the same token ids, but count other positions of them. "
-                    "Make both from the same Tokens."
-                )
-            continue
-        names = first.tokenizer_name or "?", other.tokenizer_name or "?"
+    # One may hold fewer contexts, as a store does of which less was written.
+    n = min(len(one.ids) for one in texts)
+    other = next((one for one in texts if not torch.equal(first.ids[:n], one.ids[:n])), None)
+    if other is None:
+        if all(torch.equal(first.counts[:n], one.counts[:n]) for one in texts):
+            return True
         raise ValueError(
-            f"The streams hold out other token ids: {list(first.ids.shape)} and "
-            f"{list(other.ids.shape)}, of tokenizers {names[0]!r} and {names[1]!r}. Latents are "
-            "compared on the same tokens: make both streams from one Tokens. Models with "
-            "different tokenizers cannot be compared, since no token of one is known to "
-            "end at the character at which one of the other does."
+            "The streams hold out the same token ids, but count other positions of them. "
+            "Make both from the same Tokens."
         )
+    hashes = [one.text_hashes[:n] for one in texts if one.text_hashes is not None]
+    if len(hashes) == len(texts) and all(torch.equal(hashes[0], one) for one in hashes):
+        return False
+    names = first.tokenizer_name or "?", other.tokenizer_name or "?"
+    raise ValueError(
+        f"The streams hold out other token ids: {list(first.ids.shape)} and "
+        f"{list(other.ids.shape)}, of tokenizers {names[0]!r} and {names[1]!r}"
+        + (", and of other texts" if len(hashes) == len(texts) else "")
+        + ". Latents are compared on the same tokens: make both streams from one Tokens; or, for "
+        "models with different tokenizers, from those that one call of load_aligned_tokens gives, "
+        "which says at which characters tokens end."
+    )

@@ -1,6 +1,6 @@
 """`universality`: do two dictionaries, of two models, layers or seeds, find the same features?
 
-Shape letters: n rows.
+Shape letters: n rows, m dictionaries.
 """
 
 from collections.abc import Sequence
@@ -69,11 +69,13 @@ def universality(
     it. "shifted": r_null is that of A with B some contexts further on in the text. "random model":
     that of A with `random`. "token identity": all three once the mean of each latent for each
     token is taken off, so that latents are not alike for naming the same token; r_null is shifted.
+    Of models with different tokenizers it is that for each combination of their tokens.
 
     Args:
         a: A dictionary and its stream.
-        b: The other, of another model, layer or seed. Streams must read the same tokens; two
-            hooks or seeds of one model should share a stream, which is then read once.
+        b: The other, of another model, layer or seed. Streams must read the same tokens, or those
+            that `load_aligned_tokens` gives for different tokenizers; two hooks or seeds of one
+            model should share a stream, which is then read once.
         again: A', as A is in all but the seed of its model (or of its dictionary, if that is what
             B differs in). Without it there is no U.
         random: A dictionary of a model with A's shape whose weights are random.
@@ -87,7 +89,7 @@ def universality(
 
     Raises:
         KeyError: A stream lacks the hook of its dictionary.
-        ValueError: Streams read other tokens (see `aligned_batches`), nothing was held out, there
+        ValueError: Streams read other text (see `aligned_batches`), nothing was held out, there
             are fewer than 10 contexts, memory will not do, or an option is out of range.
     """
     if least_firing < 1 or n_tokens < 2:
@@ -145,7 +147,7 @@ def universality(
 def _read(
     readers: dict[str, Reader], n_tokens: int, progress: bool
 ) -> tuple[dict[str, csr_array], Int[np.ndarray, " n"], Int[np.ndarray, " n"] | None]:
-    """The codes of each dictionary, the context of each row, and its token if it has one."""
+    """The codes of each dictionary, the context of each row, and its tokens if it has any."""
     for dictionary, stream in readers.values():
         if dictionary.hook_name not in stream.hooks:
             raise KeyError(
@@ -155,7 +157,8 @@ def _read(
     streams = [stream for _, stream in readers.values()]
     n_held_out = min(stream.n_held_out_rows for stream in streams)
     codes: dict[str, list[csr_array]] = {name: [] for name in readers}
-    known: dict[str, list[Tensor]] = {CONTEXTS: [], TOKEN_IDS: []}
+    contexts: list[Tensor] = []
+    token_ids: list[Tensor] = []
     n_read = 0
     bar = progress_bar(total=min(n_tokens, n_held_out), unit="tok", desc="encoding", shown=progress)
     for batches, facts in aligned_batches(streams, n_tokens):
@@ -165,18 +168,26 @@ def _read(
             codes[name].append(rows_of_codes([dictionary.encode(x)]))
         if n_read == 0:
             _check_memory([one[0] for one in codes.values()], min(n_tokens, n_held_out))
-        for key, values in facts.items():
-            if key in known:
-                known[key].append(values)
+        contexts.append(facts[CONTEXTS])
+        if TOKEN_IDS in facts:
+            token_ids.append(torch.stack([batch[TOKEN_IDS] for batch in batches]))
         n_read += len(facts[CONTEXTS])
         bar.update(n_read - bar.n)
     bar.close()
     if n_read == 0:
         raise ValueError("No held-out row is in all streams: each token is left out by one.")
     matrices = {name: vstack(batches, format="csr") for name, batches in codes.items()}
-    contexts = torch.cat(known[CONTEXTS]).numpy()
-    tokens = torch.cat(known[TOKEN_IDS]).numpy() if known[TOKEN_IDS] else None
-    return matrices, contexts, tokens
+    tokens = _combinations(torch.cat(token_ids, dim=1).numpy()) if token_ids else None
+    return matrices, torch.cat(contexts).numpy(), tokens
+
+
+def _combinations(token_ids: Int[np.ndarray, "m n"]) -> Int[np.ndarray, " n"]:
+    """A number for each combination of the tokens of a row; where all are one, the token itself."""
+    combined: Int[np.ndarray, " n"] = token_ids[0].astype(np.int64)
+    for other in token_ids[1:]:
+        if not np.array_equal(other, token_ids[0]):
+            combined = np.unique(combined * (1 + int(other.max())) + other, return_inverse=True)[1]
+    return combined
 
 
 def _check_memory(first: Sequence[csr_array], n_tokens: int) -> None:
