@@ -17,7 +17,8 @@ from there, each reading what it needs: `SavedTensors` does not show by whom a t
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ from saefeat.training.bank_learner import BankLearner
 FORMAT_VERSION = 1
 TRAINING, STREAM = "training", "stream"
 """What the files of tensors are called, those of the first process without a number."""
+VISIBLE_AFTER_SECONDS = 60.0
+"""For so long the clients of NFS believe, by default, that what was not there still is not."""
 
 logger = logging.getLogger(__name__)
 
@@ -88,46 +91,44 @@ def save_checkpoint(
     training = learner.state()
     with ExitStack() as stack:
 
+        @saying_how_to_go_on(what)
         def begin() -> Path:
-            with saying_how_to_go_on(what):
-                draft = stack.enter_context(temporary_folder(path))
-                learner.prepare_dictionaries(draft / "saes")
-                return draft
+            draft = stack.enter_context(temporary_folder(path))
+            learner.prepare_dictionaries(draft / "saes")
+            return draft
 
+        @saying_how_to_go_on(own)
         def write() -> list[str]:
-            with saying_how_to_go_on(own):
-                _check_visible(draft, ranks)
-                files = learner.save_dictionaries(draft / "saes")
-                for kind, tensors in ((TRAINING, training), (STREAM, rows)):
-                    if tensors or ranks.is_first:
-                        number = "" if ranks.is_first else f"-{ranks.rank:05d}"
-                        files.append(draft / f"{kind}{number}.safetensors")
-                        write_parts(files[-1], tensors)
-                return [str(file.relative_to(draft)) for file in files]
+            check_visible(draft, ranks)
+            files = learner.save_dictionaries(draft / "saes")
+            for kind, tensors in ((TRAINING, training), (STREAM, rows)):
+                if tensors or ranks.is_first:
+                    number = "" if ranks.is_first else f"-{ranks.rank:05d}"
+                    files.append(draft / f"{kind}{number}.safetensors")
+                    write_parts(files[-1], tensors)
+            return [str(file.relative_to(draft)) for file in files]
 
+        @saying_how_to_go_on(own)
         def hash_own() -> dict[str, str]:
-            with saying_how_to_go_on(own):
-                return {name: hash_file(draft / name) for name in names[ranks.rank]}
+            return {name: hash_file(draft / name) for name in names[ranks.rank]}
 
+        @saying_how_to_go_on(what)
         def publish() -> None:
-            with saying_how_to_go_on(what):
-                by_name = {name: one for part in hashes for name, one in part.items()}
-                written = {
-                    "format_version": FORMAT_VERSION,
-                    "step": learner.step_number,
-                    "stream": facts,
-                    "blake2b": dict(sorted(by_name.items())),
-                }
-                write_json(draft / "checkpoint.json", written)
-                publish_folder(draft, path)
-            for old in _all(folder)[keep_last:]:
-                shutil.rmtree(old)
+            written = {
+                "format_version": FORMAT_VERSION,
+                "step": learner.step_number,
+                "stream": facts,
+                "blake2b": {name: one for part in hashes for name, one in sorted(part.items())},
+            }
+            write_json(draft / "checkpoint.json", written)
+            publish_folder(draft, path)
 
         draft = ranks.from_first(begin)
         names = ranks.on_all(write)
         # Only now, since several processes may have written into one file.
         hashes = ranks.on_all(hash_own)
-        ranks.from_first(publish)
+        ranks.on_first(publish)
+    ranks.on_first(lambda: _drop(_all(folder)[keep_last:]))
     return path
 
 
@@ -158,6 +159,22 @@ def load_newest(folder: Path, ranks: Ranks = ALONE) -> Checkpoint | None:
     return None
 
 
+def check_visible(path: Path, ranks: Ranks) -> None:
+    """Wait for a folder that the first process has made to be there for this one too.
+
+    Raises:
+        FileNotFoundError: It is not, on a disk of another machine perhaps.
+    """
+    last_look = time.monotonic() + VISIBLE_AFTER_SECONDS
+    while not path.is_dir():
+        if time.monotonic() >= last_look:
+            raise FileNotFoundError(
+                f"Process {ranks.rank} of {ranks.size} does not see {path}, which the first does. "
+                "Put the folder of a run on a disk that all its processes have."
+            )
+        time.sleep(0.1)
+
+
 @contextmanager
 def saying_how_to_go_on(what: str) -> Iterator[None]:
     """Names what could not be written where an error of the disk comes."""
@@ -178,8 +195,13 @@ def _all(folder: Path) -> list[Path]:
     return sorted((p for p in folder.iterdir() if re.fullmatch(r"step-\d+", p.name)), reverse=True)
 
 
+def _drop(checkpoints: Sequence[Path]) -> None:
+    for path in checkpoints:
+        shutil.rmtree(path)
+
+
 def _load(path: Path, ranks: Ranks) -> Checkpoint:
-    _check_visible(path, ranks)
+    check_visible(path, ranks)
     facts = mapping(read_json(path / "checkpoint.json"), "checkpoint.json")
     if facts.get("format_version") != FORMAT_VERSION:
         raise ValueError("checkpoint.json is of another version")
@@ -201,11 +223,3 @@ def _load(path: Path, ranks: Ranks) -> Checkpoint:
         training=tensors(TRAINING),
         stream_rows=tensors(STREAM),
     )
-
-
-def _check_visible(path: Path, ranks: Ranks) -> None:
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"process {ranks.rank} of {ranks.size} does not see {path}, which the first does: the "
-            "folder of a run is to be on a disk that all its processes have"
-        )

@@ -22,6 +22,7 @@ from saefeat.training.bank_learner import BankLearner, Measured
 from saefeat.training.callbacks import Listeners
 from saefeat.training.checkpoint import (
     Checkpoint,
+    check_visible,
     load_newest,
     save_checkpoint,
     saying_how_to_go_on,
@@ -112,6 +113,7 @@ class Run:
         """
         learner, listeners, ranks = self.learner, self.listeners, self.ranks
         checkpoints = path / "checkpoints"
+        ranks.on_all(lambda: check_visible(path, ranks))
         checkpoint = load_newest(checkpoints, ranks)
         last_step = checkpoint.step if checkpoint else 0
         ranks.on_first(lambda: _the(folder).cut_metrics(last_step))
