@@ -2,7 +2,7 @@
 
 One TopK dictionary learns from rows in memory, which is where checkpoints weigh most: a language
 model's pass would make the steps between them longer, though a live stream's shuffle buffer makes
-them larger. Every `save_checkpoint` of the run is timed where the trainer calls it.
+them larger. Every `save_checkpoint` of the run is timed where the run calls it.
 
     python benchmarks/checkpoint.py --out benchmarks/results/checkpoint.csv
 
@@ -22,7 +22,7 @@ from machine import where, write_row
 from rows import structured_batches
 
 import saefeat as sf
-from saefeat.training import trainer
+from saefeat.training import run as training_run
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Options:
 def main(options: Options) -> None:
     rows = torch.cat(structured_batches(8, options.batch, options.d_in))
     stream = sf.ActivationStream.from_tensors({"x": rows}, batch_size=options.batch)
-    plain, seconds = trainer.save_checkpoint, []
+    plain, seconds = training_run.save_checkpoint, []
 
     def timed(*arguments: Any, **named: Any) -> Path:
         started = time.perf_counter()
@@ -47,7 +47,7 @@ def main(options: Options) -> None:
         seconds.append(time.perf_counter() - started)
         return path
 
-    trainer.save_checkpoint = timed
+    training_run.save_checkpoint = timed
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         sf.train(

@@ -162,7 +162,8 @@ class RowStream:
         Args:
             n_rows: Rows of all batches together.
             position: What `state()` of an earlier iteration gave, over an equal stream: goes on
-                from there with the very batches that would have come.
+                from there with the very batches that would have come. The rows are those of the
+                hooks that are wanted here.
             ranks: Processes that iterate over equal streams in step. A language model reads a
                 share of the contexts in each, and what it reads goes to all.
             wanted: Hooks of which each process gets whole batches; None gives each its part of
@@ -176,9 +177,9 @@ class RowStream:
             facts, rows = position
             if rows:
                 (n_held,) = next(iter(rows.values())).shape[:1] or (0,)
+                hooks = self.widths.keys() if wanted is None else wanted[ranks.rank]
                 expected = {
-                    hook: ((n_held, width), self.dtypes[hook])
-                    for hook, width in self.widths.items()
+                    hook: ((n_held, self.widths[hook]), self.dtypes[hook]) for hook in hooks
                 }
                 if {name: (tuple(x.shape), x.dtype) for name, x in rows.items()} != expected:
                     raise ValueError("The rows of the position are not those of these hooks.")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -160,13 +160,6 @@ class Ranks:
         found[self.rank] = dict(outgoing[self.rank])
         return found
 
-    def gathered_by_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of all processes by name, in the first; nothing in the others."""
-        found: dict[str, Tensor] = {}
-        for one in self.exchange([tensors, *[{}] * (self.size - 1)]):
-            found |= one
-        return found
-
     def told(self, value: Result, source: int = 0) -> Result:
         """A value of one process, for all; it is waited for as long as it takes."""
         if self.size == 1:
@@ -204,6 +197,30 @@ class Ranks:
         if told is not None:
             raise told if error is None else error
         return result
+
+    def from_first(self, action: Callable[[], Result]) -> Result:
+        """What the first process gets from `action`, told to all; see `on_first`."""
+        return cast("Result", self.told(self.on_first(action)))
+
+    def on_all(self, action: Callable[[], Result]) -> list[Result]:
+        """What each process gets from `action`, in which there is no collective; by rank.
+
+        Raises:
+            Exception: What the first of those that failed raised, in every process.
+        """
+        if self.size == 1:
+            return [action()]
+        result: Result | None = None
+        error: Exception | None = None
+        try:
+            result = action()
+        except Exception as problem:
+            error = problem
+        outcomes = self.each((result, error))
+        for rank, (_, told) in enumerate(outcomes):
+            if told is not None:
+                raise (error or told) if rank == self.rank else told
+        return [result for result, _ in outcomes]  # type: ignore[misc]
 
     def _reduced(self, tensor: Tensor, operation: str) -> Tensor:
         if self.size > 1:

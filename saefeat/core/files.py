@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -40,9 +41,13 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, replacing an older one only once the new one is on disk."""
+    """Write a safetensors file, replacing an older one only once the new one is on disk.
+
+    Raises:
+        OSError: The disk is full, or fails.
+    """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _replace(Path(path), lambda temporary: save_file(whole, temporary, metadata))
+    _replace(Path(path), lambda temporary: _save(whole, temporary, metadata))
 
 
 def read_json(path: str | Path) -> Any:
@@ -258,6 +263,17 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        # A full disk is said in words alone.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

@@ -19,8 +19,11 @@ from saefeat.core.files import (
     write_tensors,
 )
 from saefeat.core.records import entry, mapping
+from saefeat.core.shared_file import allocate_tensors, write_blocks
 from saefeat.dictionaries.base import Dictionary
 from saefeat.dictionaries.found import Found
+
+WEIGHTS = "sae_weights.safetensors"
 
 LAYOUT_VERSION = "6.54.12"
 """The SAELens release whose layout is written, and that the tests open it with."""
@@ -59,15 +62,54 @@ def save(dictionary: Dictionary, folder: Path) -> Path:
         FileExistsError: The folder already holds files.
         ValueError: A weight is not finite.
     """
-    tensors = dictionary.file_tensors()
-    for name, tensor in tensors.items():
+    _check_finite(dictionary)
+    claim_folder(folder, what="dictionary")
+    write_tensors(folder / WEIGHTS, dictionary.file_tensors())
+    _write_facts(dictionary, folder)
+    return folder
+
+
+def prepare(whole: Dictionary, folder: Path) -> None:
+    """Make the folder of a dictionary whose latents several processes have, for `save_latents`.
+
+    Args:
+        whole: The dictionary, with its origin; its weights may be on the meta device.
+        folder: See `save`.
+    """
+    claim_folder(folder, what="dictionary")
+    allocate_tensors(folder / WEIGHTS, whole.file_tensors())
+    _write_facts(whole, folder)
+
+
+def save_latents(shard: Dictionary, whole: Dictionary, folder: Path, first: int) -> None:
+    """Write some latents of a dictionary into the folder that `prepare` made; see `save`.
+
+    Args:
+        shard: A dictionary of these latents alone.
+        whole: What `prepare` was given.
+        folder: The folder.
+        first: Number of the first of them. What belongs to no latent is written with latent 0.
+    """
+    _check_finite(shard)
+    outline = whole.file_tensors()
+    blocks = {
+        name: block
+        for name, block in shard.file_tensors().items()
+        if first == 0 or block.shape != outline[name].shape
+    }
+    write_blocks(folder / WEIGHTS, outline, blocks, first)
+
+
+def _check_finite(dictionary: Dictionary) -> None:
+    for name, tensor in dictionary.file_tensors().items():
         if not tensor.isfinite().all():
             raise ValueError(
                 f"{name} of the dictionary of {dictionary.hook_name!r} holds NaN or infinity, so "
                 "it is not saved. Its training diverged: lower the learning rate."
             )
-    claim_folder(folder, what="dictionary")
-    write_tensors(folder / "sae_weights.safetensors", tensors)
+
+
+def _write_facts(dictionary: Dictionary, folder: Path) -> None:
     write_json(
         folder / "saefeat.json",
         {
@@ -78,7 +120,6 @@ def save(dictionary: Dictionary, folder: Path) -> Path:
     )
     # Last, so that a folder with a cfg.json is a whole one.
     write_json(folder / "cfg.json", _config(dictionary))
-    return folder
 
 
 def find(folder: Path) -> Found:
@@ -94,7 +135,7 @@ def find(folder: Path) -> Found:
     found = Found(
         path=folder,
         architecture="",
-        tensors=read_tensors(folder / "sae_weights.safetensors"),
+        tensors=read_tensors(folder / WEIGHTS),
         d_in=d_in,
         d_sae=d_sae,
         is_transcoder=written.get("d_out") is not None,

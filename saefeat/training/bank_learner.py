@@ -2,7 +2,8 @@
 
 import copy
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saefeat.core.distributed import ALONE, Ranks
+from saefeat.core.tensor_parts import Parts
 from saefeat.dictionaries.base import Dictionary
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
 from saefeat.kernels.dispatch import Kernels
-from saefeat.training.bank import Bank, Key
+from saefeat.training.bank import Bank, Key, dictionary_folder
 from saefeat.training.learner import STEPS_BETWEEN_LOOKS, Learner, saved
 from saefeat.training.normalisation import ActivationScale, geometric_median, summed_norm
 from saefeat.training.shared_scores import Scratch, groups, shared_scores
@@ -172,29 +174,46 @@ class BankLearner:
         self._check_losses()
         return Bank({key: self._folded(key, one.dictionary) for key, one in self._all().items()})
 
-    def snapshots(self) -> Iterable[tuple[Key, Dictionary]]:
-        """What `finish` would give now, one copy after the other, the training left as it is."""
+    def prepare_dictionaries(self, saes: Path) -> None:
+        """Make, in the first process, what all fill in together by `save_dictionaries`."""
+
+    def save_dictionaries(self, saes: Path) -> list[Path]:
+        """Write what `finish` would give now, each dictionary once; the training stays as it is.
+
+        Returns:
+            The files that this process answers for.
+        """
+        if not self.ranks.is_first:
+            return []
         self._check_activations()
         self._check_losses()
+        files: list[Path] = []
         for key, learner in self._all().items():
-            yield key, self._folded(key, copy.deepcopy(learner.dictionary))
+            one = self._folded(key, copy.deepcopy(learner.dictionary))
+            files += one.save(dictionary_folder(saes, key)).iterdir()
+        return files
 
-    def state(self) -> dict[str, Tensor]:
-        """All that the next step depends on, but for the batch, as tensors."""
+    def state(self) -> Parts:
+        """All that the next step depends on, but for the batch: what this process writes of it.
+
+        What it and another process have alike may be left to the other.
+        """
+        if not self.ranks.is_first:
+            return {}
         state = {
             "step_number": torch.tensor(self.step_number),
             "n_tokens_seen": torch.tensor(self.n_tokens_seen),
         }
         for hook_name, scale in self.scales.items():
             state[f"scale.{hook_name}"] = scale.norm_sum
-        for number, (key, learner) in enumerate(self._all().items()):
-            state[f"{number}.loss_sum"] = torch.as_tensor(self.loss_sums[key])
+        for prefix, key, learner in self._numbered():
+            state[f"{prefix}loss_sum"] = torch.as_tensor(self.loss_sums[key])
             for name, tensor in learner.state().items():
-                state[f"{number}.{name}"] = tensor
+                state[prefix + name] = tensor
         return state
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` gave.
+        """Go on from what all processes gave as `state`, by whatever they were divided.
 
         Raises:
             ValueError: A tensor is missing, or of another shape or dtype.
@@ -205,15 +224,15 @@ class BankLearner:
         for hook_name, scale in self.scales.items():
             scale.norm_sum.copy_(saved(state, f"scale.{hook_name}", scale.norm_sum))
             scale.n_rows = self.n_tokens_seen
+        for prefix, key, learner in self._numbered():
+            loss_sum = saved(state, f"{prefix}loss_sum", torch.tensor(0.0))
+            self.loss_sums[key] = loss_sum.to(self.device)
+            learner.restore(state, prefix)
+
+    def _numbered(self) -> Iterator[tuple[str, Key, Learner]]:
+        """Each dictionary, with what stands before the names of its tensors in the state."""
         for number, (key, learner) in enumerate(self._all().items()):
-            prefix = f"{number}."
-            own = {
-                name.removeprefix(prefix): tensor
-                for name, tensor in state.items()
-                if name.startswith(prefix)
-            }
-            self.loss_sums[key] = saved(own, "loss_sum", torch.tensor(0.0)).to(self.device)
-            learner.restore(own)
+            yield f"{number}.", key, learner
 
     def _all(self) -> dict[Key, Learner]:
         return {key: one for learners in self.learners.values() for key, one in learners.items()}

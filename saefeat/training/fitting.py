@@ -15,13 +15,19 @@ Option = Callable[[Requirements], Iterator[tuple[str, Requirements]]]
 """Ever smaller runs, each with the words for what was changed."""
 
 
-def check_fit(run: Requirements, out: Path | None, n_processes: int = 1) -> None:
+def check_fit(
+    run: Requirements,
+    out: Path | None,
+    n_processes: int = 1,
+    of_all: Requirements | None = None,
+) -> None:
     """Refuse a run that is larger than what is free of memory or disk.
 
     Args:
         run: The run.
         out: Its folder; None where nothing is written.
         n_processes: How many on this machine are to run it together, each with memory of its own.
+        of_all: The run of all processes, which write to one disk, where `run` is a share of it.
 
     Raises:
         ValueError: It does not fit. The message says by how much, and which option would help.
@@ -42,6 +48,7 @@ def check_fit(run: Requirements, out: Path | None, n_processes: int = 1) -> None
                 f"are free{for_each}. "
                 f"{_advice(run, _OPTIONS[largest], partial(_fits_memory, n_processes=n_processes))}"
             )
+    run = of_all or run
     if out is not None and run.disk_bytes > (free := memory.available_disk_bytes(out)):
         advice = _advice(
             run,

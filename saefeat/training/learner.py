@@ -154,26 +154,31 @@ class Learner:
         return state
 
     @torch.no_grad()
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` gave.
+    def restore(self, state: Mapping[str, Tensor], prefix: str = "") -> None:
+        """Go on from what `state` gave, one tensor after the other.
+
+        Args:
+            state: It.
+            prefix: What stands before each name there.
 
         Raises:
             ValueError: A tensor is missing, or of another shape or dtype.
         """
         for name, own in self.dictionary.state_dict().items():
-            own.copy_(saved(state, f"dictionary.{name}", own))
+            own.copy_(saved(state, f"{prefix}dictionary.{name}", own))
         for name, parameter in self.dictionary.named_parameters():
             moments = {"step": torch.zeros((), device=parameter.device)}
             for moment in ("exp_avg", "exp_avg_sq"):
                 moments[moment] = torch.zeros_like(parameter)
             for moment, value in moments.items():
-                value.copy_(saved(state, f"adam.{moment}.{name}", value))
+                value.copy_(saved(state, f"{prefix}adam.{moment}.{name}", value))
             self.optimizer.state[parameter] = moments
         since_fired = self.dead.tokens_since_fired
-        since_fired.copy_(saved(state, "tokens_since_fired", since_fired))
-        self.generator.set_state(saved(state, "generator", self.generator.get_state()))
+        since_fired.copy_(saved(state, f"{prefix}tokens_since_fired", since_fired))
+        generator = self.generator.get_state()
+        self.generator.set_state(saved(state, f"{prefix}generator", generator))
         # Those of the last look, which is not the last step on a GPU.
-        dead = state.get("dead_latents", torch.empty(0, 0))
+        dead = state.get(f"{prefix}dead_latents", torch.empty(0, 0))
         known = torch.arange(self.dictionary.d_sae)
         if dead.ndim != 1 or dead.dtype != known.dtype or not torch.isin(dead.cpu(), known).all():
             raise ValueError("its dead_latents are no latents")

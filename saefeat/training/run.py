@@ -9,16 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from saefeat.activations.batches import TrainingBatches
 from saefeat.activations.sources import Batch
 from saefeat.activations.stream import ActivationStream
 from saefeat.core.distributed import Ranks
 from saefeat.core.progress import progress_bar
+from saefeat.core.tensor_parts import Part
 from saefeat.training.bank import Bank
 from saefeat.training.bank_learner import BankLearner, Measured
 from saefeat.training.callbacks import Listeners
-from saefeat.training.checkpoint import Checkpoint, save_checkpoint, shared_checkpoint
+from saefeat.training.checkpoint import (
+    Checkpoint,
+    check_visible,
+    load_newest,
+    save_checkpoint,
+    saying_how_to_go_on,
+)
 from saefeat.training.interruption import RunInterrupted, stop_requests
 from saefeat.training.loggers import JSONLines
 from saefeat.training.prefetch import prefetched
@@ -104,10 +112,12 @@ class Run:
             keep_last: Checkpoints that are kept.
         """
         learner, listeners, ranks = self.learner, self.listeners, self.ranks
-        checkpoint = ranks.on_first(lambda: _the(folder).last_checkpoint())
-        checkpoint = shared_checkpoint(checkpoint, ranks)
-        batches = self._batches(checkpoint)
         checkpoints = path / "checkpoints"
+        ranks.on_all(lambda: check_visible(path, ranks))
+        checkpoint = load_newest(checkpoints, ranks)
+        last_step = checkpoint.step if checkpoint else 0
+        ranks.on_first(lambda: _the(folder).cut_metrics(last_step))
+        batches = self._batches(checkpoint)
         saves = False
 
         def why_to_stop() -> int:
@@ -158,7 +168,7 @@ class Run:
         bank = learner.finish()
 
         def finish() -> None:
-            with _saying_how_to_go_on("The trained dictionaries"):
+            with saying_how_to_go_on("The trained dictionaries"):
                 _the(folder).finish(bank)
 
         ranks.on_first(finish)
@@ -169,12 +179,17 @@ class Run:
     def _batches(self, checkpoint: Checkpoint | None = None) -> TrainingBatches:
         """The batches to go on with, the learner set to the checkpoint, if there is one."""
         position = None
+        wanted = self.learner.hooks_wanted
         if checkpoint is not None:
-            self.learner.restore(checkpoint.training)
-            position = (checkpoint.stream, checkpoint.stream_rows)
-        return self.stream.batches(
-            self.n_tokens, position, ranks=self.ranks, wanted=self.learner.hooks_wanted
-        )
+            training, saved_rows = checkpoint.training, checkpoint.stream_rows
+            self.ranks.on_all(lambda: self.learner.restore(training))
+            rows = {
+                hook_name: saved_rows[hook_name]
+                for hook_name in saved_rows
+                if wanted is None or hook_name in wanted[self.ranks.rank]
+            }
+            position = (checkpoint.stream, rows)
+        return self.stream.batches(self.n_tokens, position, ranks=self.ranks, wanted=wanted)
 
     def _read(
         self, batches: Iterator[Batch], keeps_position: Callable[[], bool]
@@ -203,19 +218,18 @@ class Run:
             yield batch
 
     def _save(self, batches: TrainingBatches, checkpoints: Path, keep_last: int) -> None:
-        training, dictionaries = self.learner.state(), self.learner.snapshots()
         facts, rows = batches.state()
-        if self.learner.hooks_wanted is not None:
-            rows = self.ranks.gathered_by_first(rows)
-        now = Checkpoint(
-            step=self.learner.step_number, training=training, stream=facts, stream_rows=rows
-        )
+        stream = (facts, {hook_name: self._share(hook_name, x) for hook_name, x in rows.items()})
+        save_checkpoint(checkpoints, self.learner, stream, keep_last=keep_last, ranks=self.ranks)
 
-        def write() -> None:
-            with _saying_how_to_go_on(f"The checkpoint after step {now.step}"):
-                save_checkpoint(checkpoints, now, dictionaries, keep_last=keep_last)
-
-        self.ranks.on_first(write)
+    def _share(self, hook_name: str, rows: Tensor) -> Part:
+        """What this process writes of rows of a hook that all who want it hold alike."""
+        wanted = self.learner.hooks_wanted
+        holders = [
+            rank for rank in range(self.ranks.size) if wanted is None or hook_name in wanted[rank]
+        ]
+        own = Ranks(rank=holders.index(self.ranks.rank), size=len(holders)).part(len(rows))
+        return Part(rows=rows[own], first=own.start, n=len(rows))
 
     def _is_logged(self) -> bool:
         is_last = self.learner.n_tokens_seen >= self.n_tokens
@@ -257,15 +271,3 @@ def _metrics_file(folder: RunFolder) -> Iterator[JSONLines]:
         yield metrics
     finally:
         metrics.end(None)
-
-
-@contextmanager
-def _saying_how_to_go_on(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{what} could not be written ({error.strerror or error}). Checkpoints that were "
-            "written before are whole: go on from the last with resume=True",
-        ) from error

@@ -22,7 +22,6 @@ from saefeat.core.folders import LocalFolder
 from saefeat.core.locks import WriterLock
 from saefeat.core.records import entry, mapping
 from saefeat.training.bank import Bank
-from saefeat.training.checkpoint import Checkpoint, load_newest
 
 MAY_DIFFER = ("torch", "threads", "processes", "parallel")
 """Entries of `config.json` that may be others when a run is gone on with."""
@@ -79,15 +78,22 @@ class RunFolder:
         """Whether its dictionaries have been written."""
         return (self.path / "saes").is_dir()
 
-    def last_checkpoint(self) -> Checkpoint | None:
-        """The newest whole checkpoint, and the metrics cut back to it; None if there is none.
-
-        Raises:
-            ValueError: There are checkpoints, and all are damaged.
-        """
-        checkpoint = load_newest(self.checkpoints)
-        self._cut_metrics(checkpoint.step if checkpoint else 0)
-        return checkpoint
+    def cut_metrics(self, last_step: int) -> None:
+        """Drop what was measured after a step, and a line that was not written to its end."""
+        if not self.metrics.exists():
+            # A link to nowhere, which whoever appends to it would follow.
+            self.metrics.unlink(missing_ok=True)
+            return
+        kept = []
+        for line in self.metrics.read_bytes().splitlines(keepends=True):
+            try:
+                record = mapping(parse_json(line, "a record"), "a record")
+                is_kept = line.endswith(b"\n") and entry(record, "step", int, "it") <= last_step
+            except ValueError:
+                is_kept = False
+            if is_kept:
+                kept.append(line)
+        write_bytes(self.metrics, b"".join(kept))
 
     def finish(self, bank: Bank) -> None:
         """Write the trained dictionaries, all or none."""
@@ -119,23 +125,6 @@ class RunFolder:
                 "last digits.",
                 *(self.path, name, written.get(name), asked.get(name)),
             )
-
-    def _cut_metrics(self, last_step: int) -> None:
-        """Drop what was measured after a step, and a line that was not written to its end."""
-        if not self.metrics.exists():
-            # A link to nowhere, which whoever appends to it would follow.
-            self.metrics.unlink(missing_ok=True)
-            return
-        kept = []
-        for line in self.metrics.read_bytes().splitlines(keepends=True):
-            try:
-                record = mapping(parse_json(line, "a record"), "a record")
-                is_kept = line.endswith(b"\n") and entry(record, "step", int, "it") <= last_step
-            except ValueError:
-                is_kept = False
-            if is_kept:
-                kept.append(line)
-        write_bytes(self.metrics, b"".join(kept))
 
 
 def _check_new(path: Path) -> None:

@@ -4,12 +4,11 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
-
 from saefeat.core.distributed import Ranks
 from saefeat.dictionaries.base import Dictionary
 from saefeat.training.bank import Bank, Key
 from saefeat.training.bank_learner import BankLearner, Measured
+from saefeat.training.learner import Learner
 
 
 def owners(dictionaries: Mapping[Key, Dictionary], n_processes: int) -> dict[Key, int]:
@@ -51,7 +50,7 @@ def own_dictionaries(dictionaries: Mapping[Key, Dictionary], ranks: Ranks) -> di
 
 
 class ShardedBankLearner(BankLearner):
-    """Trains the dictionaries of this process; its state and its bank are those of all.
+    """Trains the dictionaries of this process, and saves their state; its bank is that of all.
 
     What it does to a dictionary is to the last bit what one process alone does.
 
@@ -92,14 +91,6 @@ class ShardedBankLearner(BankLearner):
         gathered = dict(self._gathered(iter((key, own[key]) for key in self.order if key in own)))
         return Bank({key: gathered[key] for key in self.asked_for})
 
-    def snapshots(self) -> list[tuple[Key, Dictionary]]:
-        """The whole bank as it is now, in the first process; none in the others."""
-        found = []
-        for key, dictionary in self._gathered(iter(super().snapshots())):
-            if self.peers.is_first:
-                found.append((key, dictionary))
-        return found
-
     def of_all(self, measured: Measured) -> Measured:
         """What a step measured, of the whole bank."""
         own: Measured = {
@@ -111,16 +102,9 @@ class ShardedBankLearner(BankLearner):
             everyones.update(part)
         return {key: everyones[key] for key in self.order}
 
-    def state(self) -> dict[str, Tensor]:
-        """See `BankLearner`; of the whole bank in the first process, and nothing in the others."""
-        numbers = {number: self.order.index(key) for number, key in enumerate(self._all())}
-        own = {name: tensor.cpu() for name, tensor in super().state().items()}
-        return self.peers.gathered_by_first(_renumbered(own, numbers))
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """See `BankLearner`; takes its own out of the state of the whole bank."""
-        numbers = {self.order.index(key): number for number, key in enumerate(self._all())}
-        super().restore(_renumbered(state, numbers))
+    def _numbered(self) -> Iterator[tuple[str, Key, Learner]]:
+        for key, learner in self._all().items():
+            yield f"{self.order.index(key)}.", key, learner
 
     def _gathered(self, own: Iterator[tuple[Key, Dictionary]]) -> Iterator[tuple[Key, Dictionary]]:
         for key in self.order:
@@ -149,15 +133,3 @@ def sent(
     assert origin is not None
     copied.origin = origin
     return copied
-
-
-def _renumbered(state: Mapping[str, Tensor], numbers: Mapping[int, int]) -> dict[str, Tensor]:
-    """The tensors of a state with other numbers of dictionaries, those without one left out."""
-    found = {}
-    for name, tensor in state.items():
-        number, _, rest = name.partition(".")
-        if not number.isdigit():
-            found[name] = tensor
-        elif int(number) in numbers:
-            found[f"{numbers[int(number)]}.{rest}"] = tensor
-    return found

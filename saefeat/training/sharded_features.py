@@ -5,7 +5,9 @@ and a wide step of operators on DTensors, which are dense, five times as long
 (`benchmarks/device_mesh.py`).
 """
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saefeat.core.distributed import Ranks
+from saefeat.core.tensor_parts import Part, Parts, SavedTensors
+from saefeat.dictionaries import sae_lens
 from saefeat.dictionaries.base import Dictionary
 from saefeat.dictionaries.batch_topk import BatchTopK
 from saefeat.dictionaries.topk import TopK
 from saefeat.kernels.dispatch import Kernels
 from saefeat.kernels.shared_latents import SummedProducts
-from saefeat.training.bank import Bank, Key
+from saefeat.training.bank import Bank, Key, dictionary_folder
 from saefeat.training.bank_learner import BankLearner, Measured
 
 BY_LATENT = ("W_dec", "encoder", "b_enc", "tokens_since_fired")
@@ -53,7 +57,7 @@ def shard_of(whole: Dictionary, ranks: Ranks) -> Dictionary:
 
 
 class FeatureShardedLearner(BankLearner):
-    """Trains a part of the latents of every dictionary; its state and its bank are whole.
+    """Trains a part of the latents of every dictionary, and saves their state; its bank is whole.
 
     Latents are selected among those of all processes, and what these decode to is added up: a step
     sums an [n, d] matrix over the processes, and no gradient of a weight leaves its process.
@@ -88,15 +92,25 @@ class FeatureShardedLearner(BankLearner):
         """The bank, whole in every process; see `BankLearner`."""
         self._check_activations()
         self._check_losses()
-        whole = {key: self._whole(key, to_all=True) for key in self._all()}
-        return Bank({key: one for key, one in whole.items() if one is not None})
+        return Bank({key: self._whole(key) for key in self._all()})
 
-    def snapshots(self) -> list[tuple[Key, Dictionary]]:
-        """The bank as it is now, whole in the first process; nothing in the others."""
+    def prepare_dictionaries(self, saes: Path) -> None:
+        """A folder for each, whose file of weights has room for all latents."""
+        for key in self._all():
+            sae_lens.prepare(self._outline(key), dictionary_folder(saes, key))
+
+    def save_dictionaries(self, saes: Path) -> list[Path]:
+        """Writes this process's latents of each; see `BankLearner`."""
         self._check_activations()
         self._check_losses()
-        whole = {key: self._whole(key, to_all=False) for key in self._all()}
-        return [(key, one) for key, one in whole.items() if one is not None]
+        files: list[Path] = []
+        for number, (key, learner) in enumerate(self._all().items()):
+            shard = self._folded(key, copy.deepcopy(learner.dictionary))
+            folder, first = dictionary_folder(saes, key), self.peers.rank * shard.d_sae
+            sae_lens.save_latents(shard, self._outline(key), folder, first)
+            if number % self.peers.size == self.peers.rank:
+                files += folder.iterdir()
+        return files
 
     def of_all(self, measured: Measured) -> Measured:
         """What a step measured, of all latents."""
@@ -114,26 +128,31 @@ class FeatureShardedLearner(BankLearner):
             for key, terms in measured.items()
         }
 
-    def state(self) -> dict[str, Tensor]:
-        """See `BankLearner`; that of whole dictionaries, in the first process alone."""
-        own = {name: tensor.cpu() for name, tensor in super().state().items()}
+    def state(self) -> Parts:
+        """See `BankLearner`; a part of what is by latent, and the rest in the first process.
+
+        It talks to the others, which have other numbers of dead latents.
+        """
+        rank, size = self.peers.rank, self.peers.size
+        n_dead = self.peers.each([len(one.dead_latents) for one in self._all().values()])
+        state: dict[str, Tensor | Part] = {}
+        for name, x in super().state().items():
+            assert isinstance(x, Tensor)
+            if _is_by_latent(name, x):
+                state[name] = Part(rows=x, first=rank * len(x), n=size * len(x))
+            elif self.peers.is_first:
+                state[name] = x
         for number, learner in enumerate(self._all().values()):
-            first = self.peers.rank * learner.dictionary.d_sae
-            own[f"{number}.dead_latents"] = own[f"{number}.dead_latents"] + first
-        return self._joined(own, to_all=False)
+            counts = [of_all[number] for of_all in n_dead]
+            latents = learner.dead_latents + rank * learner.dictionary.d_sae
+            place = {"first": sum(counts[:rank]), "n": sum(counts)}
+            state[f"{number}.dead_latents"] = Part(rows=latents, **place)
+        return state
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """See `BankLearner`; takes its part of the state of whole dictionaries."""
-        own = {
-            name: x[self.peers.part(len(x))] if _is_by_latent(name, x) else x
-            for name, x in state.items()
-        }
-        for number, learner in enumerate(self._all().values()):
-            name, d_sae = f"{number}.dead_latents", learner.dictionary.d_sae
-            if name in state:
-                dead = state[name] - self.peers.rank * d_sae
-                own[name] = dead[(dead >= 0) & (dead < d_sae)]
-        super().restore(own)
+        """See `BankLearner`; reads no rows of other latents."""
+        assert isinstance(state, SavedTensors)
+        super().restore(_OwnLatents(state, self.peers))
 
     def _initialise(
         self,
@@ -150,28 +169,49 @@ class FeatureShardedLearner(BankLearner):
     def _blank(self, shard: Dictionary) -> Dictionary:
         return type(shard)(shard.config, shard.d_in, shard.d_sae * self.peers.size, shard.origin)
 
-    def _whole(self, key: Key, *, to_all: bool) -> Dictionary | None:
-        """A dictionary that reads raw activations, in the first process or all."""
+    def _outline(self, key: Key) -> Dictionary:
+        """The whole dictionary, as it is now but for its weights, which are on the meta device."""
+        with torch.device("meta"):
+            whole = self._blank(self._all()[key].dictionary)
+        return whole.with_origin(n_tokens=whole.origin.n_tokens + self.n_tokens_seen)
+
+    def _whole(self, key: Key) -> Dictionary:
+        """A dictionary that reads raw activations, in every process."""
         shard = self._all()[key].dictionary
-        tensors = self._joined({n: x.cpu() for n, x in shard.state_dict().items()}, to_all=to_all)
-        if not tensors:
-            return None
+        own = {name: x.cpu() for name, x in shard.state_dict().items()}
+        parts = self.peers.exchange([own] * self.peers.size)
         whole = self._blank(shard)
-        whole.load_state_dict(tensors)
+        whole.load_state_dict(
+            {
+                name: torch.cat([part[name] for part in parts]) if _is_by_latent(name, x) else x
+                for name, x in own.items()
+            }
+        )
         return self._folded(key, whole)
 
-    def _joined(self, own: Mapping[str, Tensor], *, to_all: bool) -> dict[str, Tensor]:
-        """Parts put together, in the first process or all; nothing in the others."""
-        others = [own if to_all else {}] * (self.peers.size - 1)
-        parts = self.peers.exchange([own, *others])
-        if not to_all and not self.peers.is_first:
-            return {}
-        return {
-            name: torch.cat([part[name] for part in parts])
-            if _is_by_latent(name, x) or name.endswith(".dead_latents")
-            else x
-            for name, x in own.items()
-        }
+
+class _OwnLatents(Mapping[str, Tensor]):
+    """The state of whole dictionaries, as that of this process's share of their latents."""
+
+    def __init__(self, state: SavedTensors, ranks: Ranks) -> None:
+        self._state = state
+        self._ranks = ranks
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._state.shape(name)
+        if name.endswith(".dead_latents"):
+            n_latents, *_ = self._state.shape(f"{name.partition('.')[0]}.dictionary.W_dec")
+            own, dead = self._ranks.part(n_latents), self._state[name]
+            return dead[(dead >= own.start) & (dead < own.stop)].sub(own.start)
+        if name.rpartition(".")[2] in BY_LATENT and shape:
+            return self._state.rows(name, self._ranks.part(shape[0]))
+        return self._state[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
 
 
 def _is_by_latent(name: str, tensor: Tensor) -> bool:

@@ -73,7 +73,7 @@ def train(
             epochs, each in a new order.
         out: A new folder for the run: `config.json` first, `metrics.jsonl` and `checkpoints/` as
             it goes, and the dictionaries under `saes/` at the end. None keeps everything in
-            memory.
+            memory. Several processes need it on a disk that all of them have.
         device: "auto" is CUDA where there is one.
         kernels: "auto", or a backend by name; the choice is written to `config.json`.
         checkpoint_every: Steps between checkpoints in `out`. One holds the weights with all that
@@ -89,7 +89,8 @@ def train(
             end: `loggers.TensorBoard`, `loggers.WeightsAndBiases`, or a `Callback` of your own.
         notes: What else `config.json` is to say, under that name; JSON can hold it.
         parallel: What the processes of torch.distributed divide, if there are several; all of
-            them call this with the same arguments, and the first writes. "data" divides the
+            them call this with the same arguments; the first writes, but for checkpoints, of
+            which each writes what it alone has. "data" divides the
             rows of every batch: all learn the same, as one process would from whole batches, up
             to the order of sums. "bank" divides the dictionaries, to the same bits as one
             process. "features" divides the latents of every dictionary, TopK or BatchTopK, for
@@ -141,11 +142,12 @@ def train(
             keep_last=keep_last,
             device=device,
         )
+        own_size = run_size
         if parallel in ("bank", "features") and ranks.size > 1:
             mine = _own_part(run_size.dictionaries, parallel, ranks)
-            run_size = replace(run_size, dictionaries=mine, remake=None)
+            own_size = replace(run_size, dictionaries=mine, remake=None)
         n_here = distributed.processes_here() if ranks.size > 1 else 1
-        check_fit(run_size, None if out is None else Path(out), n_here)
+        check_fit(own_size, None if out is None else Path(out), n_here, of_all=run_size)
     dictionaries = (
         copies(stream, config)
         if isinstance(config, Bank)
