@@ -22,10 +22,11 @@ from saefeat.superposition.estimators import costly_latents
 
 COPY_COSINE = 0.5
 """Least cosine, over all hooks together, between two latents that share a feature. Such pairs had
-.59 to .85 on known features; long training lets them part further than copies at one hook do."""
+.59 to .85 on known features: less than copies within one hook, which must be alike to be on."""
 COPY_OVERLAP = 0.7
-"""Least share of the rows in which either is on that have both on. Pairs that share a feature had
-.90 or more; a latent of two features had .53 or less with that of either."""
+"""Of the rows in which either is on, the least share in which both are. Of 147 such near pairs of
+seven crosscoders of known features, 127 had .86 or more and the others .17 or less; a latent that
+stands for two features of equal density has half with that of either."""
 
 
 class JointFeatures:
@@ -37,8 +38,8 @@ class JointFeatures:
     most. Costs are shares of the variance of one hook, so that a feature of one hook counts as
     much as one of all: of twelve, it has a twelfth of the energy.
 
-    On known features that lie over one, two and twelve hooks of 32 coordinates the costs of
-    features were .0023 or more, those of other latents .0006 or less.
+    Of features that lie over one, two or all of twelve hooks of 32 coordinates, those that training
+    had found whole cost .0033 or more, and latents that were none .0007 or less.
     """
 
     def __init__(self, crosscoder: AcrossHooks) -> None:
