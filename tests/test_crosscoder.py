@@ -149,6 +149,27 @@ def test_reuse_comes_out_within_a_tenth_however_many_layers_share_how_much(
     assert found["n_features"] == pytest.approx(len(directions), rel=0.1)
 
 
+@pytest.mark.slow
+def test_ranked_by_length_features_of_one_of_twelve_layers_are_on_as_often_as_they_are():
+    generator = torch.Generator().manual_seed(0)
+    directions = true_directions(generator, 12, (8, 44, 36, 8))
+    stream = stream_of(directions, generator)
+    x = torch.cat(list(held_out(stream).values()), dim=1)
+    shares = {}
+    for rank_by in ("summed_norm", "length"):
+        config = sf.CrosscoderConfig(k=2, rank_by=rank_by)
+        bank = sf.train(stream, config, **OPTIONS)
+        (one,) = bank.values()
+        latents = cosines_with(one, directions).max(0).indices[:8]
+        shares[rank_by] = one.encode(x).firing_counts()[latents].double().mean() / len(x) / 0.02
+        report = sf.measure(bank, stream, features=0, progress=False)
+    assert shares["summed_norm"] < 0.1
+    assert shares["length"] > 0.5
+    # Few others fire besides.
+    assert report.rows[0].n_alive == pytest.approx(len(directions), rel=0.05)
+    assert report.rows[0].layer_profile["reuse"] == pytest.approx(10.25, rel=0.02)
+
+
 def test_copies_and_latents_that_no_hook_would_miss_are_no_features_of_their_own(generator):
     """A weak latent of one hook is: the hooks' variances are what costs are shares of."""
     one = random_crosscoder(generator, d_sae=8)
@@ -265,9 +286,10 @@ def test_a_bank_of_crosscoders_is_trained_further_from_where_it_was(bank, stream
     assert further[key].origin.n_tokens == bank[key].origin.n_tokens + 1_024
 
 
-def test_more_of_the_summed_decoder_norm_wins_at_equal_value(generator):
-    """Selection is by value times summed norm, not by value nor by the length of the row."""
-    one = random_crosscoder(generator, d_sae=2)
+@pytest.mark.parametrize(("rank_by", "n_on"), [("summed_norm", 1), ("length", 0)])
+def test_more_of_the_summed_decoder_norm_wins_at_equal_value(generator, rank_by, n_on):
+    """Selection is by value times summed norm or, if asked for, by the length of the row."""
+    one = random_crosscoder(generator, d_sae=2, rank_by=rank_by)
     with torch.no_grad():
         one.W_dec.zero_()
         one.W_dec[0, 0] = 1.0  # one hook, summed norm 1
@@ -279,7 +301,9 @@ def test_more_of_the_summed_decoder_norm_wins_at_equal_value(generator):
         one.threshold_weight.fill_(1.0)
     x = torch.zeros(1, 12)
     x[0, :2] = 1.0
-    assert one.encode(x).latents.tolist() == [1]
+    assert one.encode(x).latents.tolist() == [1][:n_on]
+    one.threshold_sum.fill_(0.99 if rank_by == "length" else 1.41)
+    assert one.encode(x).latents.tolist() == ([0, 1] if rank_by == "length" else [1])
 
 
 # Weakly causal
@@ -548,13 +572,15 @@ def test_growth_is_the_slope_of_least_squares_with_its_standard_error():
             feature_growth(features, spans)
 
 
-def random_crosscoder(generator, *, kind="batch_topk", causal=False, d_sae=40):
+def random_crosscoder(
+    generator, *, kind="batch_topk", causal=False, d_sae=40, rank_by="summed_norm"
+):
     """Of hooks "a" and "b", 5 and 7 wide."""
     from saefeat.dictionaries.crosscoder import L1Crosscoder
 
     origin = Origin(hook_name="a+b", hook_widths={"a": 5, "b": 7})
     one = (
-        Crosscoder(sf.CrosscoderConfig(k=2, causal=causal), 12, d_sae, origin)
+        Crosscoder(sf.CrosscoderConfig(k=2, causal=causal, rank_by=rank_by), 12, d_sae, origin)
         if kind == "batch_topk"
         else L1Crosscoder(sf.L1CrosscoderConfig(initial_l0=10, causal=causal), 12, d_sae, origin)
     )
