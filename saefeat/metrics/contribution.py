@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saefeat.core.distributed import Ranks
 from saefeat.kernels.codes import Codes
 from saefeat.kernels.dispatch import choose_kernels
 from saefeat.metrics.fidelity import FidelitySums
@@ -63,6 +64,11 @@ class AblationCosts:
         values = codes.values.detach().double()
         added = values * (2 * along + values * self._squared_norms[codes.latents])
         self.added_error.index_add_(0, codes.latents, added)
+
+    def add_up(self, ranks: Ranks, d: int) -> None:
+        """Take in what the other processes have summed of theirs, in rows of width d."""
+        self.fidelity.add_up(ranks, d)
+        ranks.sum(self.added_error)
 
     @property
     def share_of_variance(self) -> Float[Tensor, " d_sae"]:

@@ -2,7 +2,8 @@
 
 Shape letters: F latents, L hooks. The profile of a latent is v_l, the length of its decoder at
 hook l in units in which all hooks weigh alike: a crosscoder's `hook_norms`. Leave latents that
-never fire out of the profiles first; their decoders are what the start has left of them.
+are no features out of the profiles first (see `superposition.joint_features`); the decoders of
+those that never fire are what the start has left of them.
 """
 
 import math
@@ -116,10 +117,10 @@ def feature_growth(n_features: Sequence[float], n_neurons: Sequence[float]) -> G
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerProfile:
-    """How the live latents of a crosscoder lie over its hooks."""
+    """How the features of a crosscoder lie over its hooks."""
 
     n_features: int
-    """Latents that count."""
+    """Latents that count as features."""
     effective_layers: float
     """Mean of `effective_layers`."""
     peak_share: float
@@ -134,17 +135,17 @@ class LayerProfile:
     """Mean `decoder_cosines` of the latents that both hooks hold; None where none is."""
 
 
-def layer_profile(crosscoder: AcrossHooks, alive: Bool[Tensor, " d_sae"]) -> LayerProfile:
-    """Summarise the latents that `alive` marks.
+def layer_profile(crosscoder: AcrossHooks, counted: Bool[Tensor, " d_sae"]) -> LayerProfile:
+    """Summarise the latents that `counted` marks.
 
     Raises:
         ValueError: It marks none.
     """
-    profiles = crosscoder.hook_norms.detach()[alive]
+    profiles = crosscoder.hook_norms.detach()[counted]
     hooks = list(crosscoder.hook_widths)
     holds = held(profiles)
     counts = holds.sum(1)
-    all_cosines = decoder_cosines(crosscoder)[alive]
+    all_cosines = decoder_cosines(crosscoder)[counted]
     cosines: dict[str, dict[str, float | None]] = {}
     for first, second in combinations(range(len(hooks)), 2):
         mean = float(all_cosines[holds[:, first] & holds[:, second], first, second].mean())

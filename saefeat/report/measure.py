@@ -21,6 +21,7 @@ from saefeat.report.collect import MOST_VIEWS, ViewCollector, token_texts
 from saefeat.report.layers import layer_summaries
 from saefeat.report.record import QUANTILES, LossTokens, Report, Row, label, layer_number
 from saefeat.superposition.counting.feature_count import FeatureCount
+from saefeat.superposition.joint_features import JointFeatures
 from saefeat.training.bank import Bank, Key
 
 
@@ -94,11 +95,7 @@ def measure(
         key: ViewCollector(one, n_shown, stream.has_tokens) for key, one in bank.items() if n_shown
     }
     fidelity = {key: FidelitySums() for key in bank}
-    by_hook = {
-        key: {hook_name: FidelitySums() for hook_name in one.hook_widths}
-        for key, one in bank.items()
-        if one.reads_several_hooks
-    }
+    joint = {key: JointFeatures(one) for key, one in bank.items() if isinstance(one, AcrossHooks)}
     row_sums = {name: torch.zeros(stream.widths[name], dtype=torch.float64) for name in wanted}
     n_seen = 0
     progress = progress and ranks.is_first
@@ -123,16 +120,14 @@ def measure(
             if key in collectors:
                 collectors[key].update(codes, batch)
             fidelity[key].update(dictionary.balanced(target), dictionary.balanced(recon))
-            if key in by_hook:
-                parts = recon.split(list(dictionary.hook_widths.values()), dim=1)
-                for (hook_name, sums), part in zip(by_hook[key].items(), parts, strict=True):
-                    sums.update(rows[hook_name], part)
+            if key in joint:
+                joint[key].update(codes, x, recon)
     bar.close()
     for key, dictionary in bank.items():
         sparsity[key].add_up(ranks)
         fidelity[key].add_up(ranks, dictionary.d_out)
-        for hook_name, sums in by_hook.get(key, {}).items():
-            sums.add_up(ranks, dictionary.hook_widths[hook_name])
+        if key in joint:
+            joint[key].add_up(ranks)
     row_sums = ranks.sum_each(row_sums)
     losses: dict[Key, dict[str, float]] = {}
     cross_entropy = None
@@ -146,12 +141,12 @@ def measure(
     for key, dictionary in bank.items():
         row = _row(key, dictionary, targets[key], sparsity[key], fidelity[key], losses.get(key, {}))
         if isinstance(dictionary, AcrossHooks):
-            alive = sparsity[key].firing > 0
+            counted = joint[key].counted
             row = replace(
                 row,
                 layer=None,
-                fvu_by_hook={hook_name: sums.fvu for hook_name, sums in by_hook[key].items()},
-                layer_profile=asdict(layer_profile(dictionary, alive)) if alive.any() else None,
+                fvu_by_hook=joint[key].fvu_by_hook,
+                layer_profile=asdict(layer_profile(dictionary, counted)) if counted.any() else None,
             )
         measured.append(row)
     views = {

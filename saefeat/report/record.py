@@ -85,7 +85,8 @@ class Row:
     fvu_by_hook: dict[str, float] | None = None
     """FVU at each hook that a crosscoder reads; None for a dictionary of one hook."""
     layer_profile: dict[str, Any] | None = None
-    """How a crosscoder's latents that fired lie over its hooks; see `metrics.layers`."""
+    """How a crosscoder's features lie over its hooks; see `metrics.layers`, and for which latents
+    are features `superposition.joint_features`."""
 
     @property
     def label(self) -> str:
@@ -226,7 +227,8 @@ class Report:
         for row in self.rows:
             if row.layer_profile is not None:
                 lines.append(
-                    f"{row.hook_name}, {row.d_sae:,} latents, seed {row.seed}: a latent is held by "
+                    f"{row.hook_name}, {row.d_sae:,} latents, seed {row.seed}: a feature (of "
+                    f"{row.layer_profile['n_features']:,}) is held by "
                     f"{row.layer_profile['reuse']:.2f} of {len(row.fvu_by_hook or ())} hooks, and "
                     f"spread over {row.layer_profile['effective_layers']:.2f}."
                 )

@@ -20,7 +20,6 @@ from saefeat.core.files import read_json, write_json
 from saefeat.dictionaries.crosscoder import AcrossHooks, CrosscoderConfig
 from saefeat.metrics.layers import layer_profile
 from saefeat.metrics.loss_recovered import CrossEntropy
-from saefeat.metrics.sparsity import SparsityCounts
 from saefeat.models.load import load_model
 from saefeat.study.observations import (
     JointObservation,
@@ -29,6 +28,7 @@ from saefeat.study.observations import (
 )
 from saefeat.study.protocol import HOOKS, Protocol
 from saefeat.superposition.counting import count_features
+from saefeat.superposition.joint_features import JointFeatures
 from saefeat.superposition.sae_counts import count_recipe, sae_counts
 from saefeat.training.trainer import train
 
@@ -224,11 +224,13 @@ def _reuse(
     )
     (crosscoder,) = bank.values()
     assert isinstance(crosscoder, AcrossHooks)
-    firing = SparsityCounts(crosscoder.decoder_norms.detach())
+    features = JointFeatures(crosscoder)
     for batch in stream.held_out_batches(protocol.held_out_tokens):
-        firing.update(crosscoder.encode(torch.cat([batch[hook].float() for hook in hooks], dim=1)))
-    alive = firing.firing > 0
-    return layer_profile(crosscoder, alive).reuse if alive.any() else None
+        x = torch.cat([batch[hook].float() for hook in hooks], dim=1)
+        codes = crosscoder.encode(x)
+        features.update(codes, x, crosscoder.decode(codes))
+    counted = features.counted
+    return layer_profile(crosscoder, counted).reuse if counted.any() else None
 
 
 def _model_observation(subject: Subject, loss: float) -> dict[str, Any]:
