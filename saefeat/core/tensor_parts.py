@@ -3,7 +3,7 @@
 Why not torch.distributed.checkpoint: what it writes by default is unpickled to be read. Its
 HuggingFaceStorageWriter and -Reader do without pickle, but are not in every torch that this library
 runs with, need a tensor that is divided to be a DTensor on a device mesh (of parts as long as
-DTensor makes them, which lists of latents are not), and hold a file twice in memory to write it.
+DTensor makes them, which lists of latents are not), and put a file together in memory first.
 Neither has hashes, nor a checkpoint that appears as a whole. What is left to do here is little:
 safetensors itself reads any rows of a tensor.
 """
