@@ -19,6 +19,7 @@ from saefeat.core.distributed import PeerLostError, current
 from saefeat.dictionaries.topk import TopK
 from saefeat.kernels import eager
 from saefeat.kernels.shared_selection import batch_top_k, top_k
+from saefeat.superposition.joint_features import JointFeatures
 from saefeat.training import trainer
 from saefeat.training.bank_learner import BankLearner
 from saefeat.training.sharded_bank import owners
@@ -389,6 +390,35 @@ def test_reports_are_those_of_one_process(tmp_path):
             assert row.ce_loss_recovered == pytest.approx(one.ce_loss_recovered, rel=1e-5)
         for name, density in expected.densities.items():
             assert torch.equal(report.densities[name], density)
+
+
+def test_the_profile_of_a_crosscoder_is_that_of_one_process(tmp_path):
+    stream = make_stream("tensors", 0)
+    options = {"expansion_factors": [2], "n_tokens": 600, "progress": False, "kernels": "stock"}
+    bank = sf.train(stream, sf.CrosscoderConfig(k=4), groups={"all": ["*"]}, **options)
+    (one,) = bank.values()
+    with torch.no_grad():  # so that there are copies to be counted
+        one.encoder[1].copy_(one.encoder[0])
+        one.W_dec[1].copy_(one.W_dec[0])
+
+    def measured():
+        (row,) = sf.measure(bank, stream, n_tokens=101, progress=False).rows
+        ranks, features = current(), JointFeatures(one)
+        for batch in stream.held_out_batches(101):
+            x = torch.cat(list(batch.values()), dim=1)
+            x = x[ranks.part(len(x))]
+            codes = one.encode(x)
+            features.update(codes, x, one.decode(codes))
+        features.add_up(ranks)
+        return row, features.costs, features.stands_for
+
+    expected, costs, stands_for = measured()
+    assert stands_for[:2].unique().numel() == 1
+    for row, own_costs, own_stands_for in results(tmp_path, measured):
+        assert row.fvu_by_hook == pytest.approx(expected.fvu_by_hook, rel=1e-9)
+        assert row.layer_profile == expected.layer_profile
+        torch.testing.assert_close(own_costs, costs)
+        assert torch.equal(own_stands_for, stands_for)
 
 
 def test_the_commands_share_their_work(tmp_path, capfd):

@@ -279,7 +279,8 @@ class Crosscoder(BatchTopK, AcrossHooks):
         """What the values of latents are multiplied by before they are ranked."""
         if self.config.rank_by == "summed_norm":
             return self.decoder_norms
-        return torch.linalg.vector_norm(self.hook_norms, dim=1)
+        lengths: Tensor = torch.linalg.vector_norm(self.hook_norms, dim=1)
+        return lengths
 
     def encode(self, x: Float[Tensor, "..."]) -> Codes:
         """Every latent whose value times `rank_weights` is above `threshold`."""
