@@ -232,6 +232,19 @@ def test_a_damaged_npz_or_one_with_objects_is_refused(weights, tmp_path):
         sf.load_dictionary(tmp_path)
 
 
+def test_an_npz_whose_member_has_a_damaged_name_is_refused_briefly(weights, tmp_path):
+    path = tmp_path / "params.npz"
+    np.savez(path, **{name: tensor.numpy() for name, tensor in weights.items()})
+    damaged = bytearray(path.read_bytes())
+    damaged[27] = 4  # the first member's name seems to be 1,024 bytes longer
+    path.write_bytes(damaged)
+    with pytest.raises(
+        ValueError, match=r"not a whole npz file \(File name in directory"
+    ) as caught:
+        sf.load_dictionary(tmp_path)
+    assert len(str(caught.value)) < 300 + len(str(path))
+
+
 def write_dictionary_learning(folder, name, tensors, k=None):
     """The layout of its `trainer.save`: weights as `nn.Linear` has them."""
     folder.mkdir()

@@ -142,5 +142,9 @@ def _is_of_kind(value: object, wanted: Any) -> bool:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
+    return shortened(repr(value), 80)
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """A text as a message quotes it: no more than its first `most` characters."""
+    return text if len(text) <= most else f"{text[:most]}…"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saefeat.core.files import read_json, read_tensors
 from saefeat.core.memory import available_host_bytes
-from saefeat.core.records import entry, mapping
+from saefeat.core.records import entry, mapping, shortened
 from saefeat.dictionaries.found import Found
 
 
@@ -30,7 +30,9 @@ def find_gemma_scope(folder: Path) -> Found:
     # Whatever else a damaged archive makes zipfile and numpy raise (struct.error, zlib.error,
     # NotImplementedError, …), to the caller it is one thing.
     except Exception as error:
-        raise ValueError(f"{path} is not a whole npz file ({error}).") from error
+        # zipfile quotes names in full, of which a damaged length makes whole files.
+        reason = shortened(str(error))
+        raise ValueError(f"{path} is not a whole npz file ({reason}).") from error
     # Files of some sizes name matrices w_enc and w_dec.
     tensors = {name.replace("w_", "W_"): tensor for name, tensor in tensors.items()}
     return Found(path=path, architecture="jumprelu", tensors=tensors, takes_b_dec_from_input=False)

@@ -20,7 +20,7 @@ from saefeat.core.files import (
 )
 from saefeat.core.folders import LocalFolder
 from saefeat.core.locks import WriterLock
-from saefeat.core.records import entry, mapping
+from saefeat.core.records import entry, mapping, shortened
 from saefeat.training.bank import Bank
 
 MAY_DIFFER = ("torch", "threads", "processes", "parallel")
@@ -115,10 +115,11 @@ class RunFolder:
             if name in NOT_COMPARED or written.get(name) == asked.get(name):
                 continue
             if name not in MAY_DIFFER:
+                found, wanted = (shortened(json.dumps(one.get(name))) for one in (written, asked))
                 raise ValueError(
-                    f"The run in {self.path} cannot be gone on with: its {name} is "
-                    f"{_shortened(written.get(name))}, and {_shortened(asked.get(name))} was asked "
-                    "for. Ask for the same, or begin a new run in another folder."
+                    f"The run in {self.path} cannot be gone on with: its {name} is {found}, and "
+                    f"{wanted} was asked for. Ask for the same, or begin a new run in another "
+                    "folder."
                 )
             logger.warning(
                 "The run in %s was begun with %s %s, and goes on with %s: it may end with other "
@@ -132,8 +133,3 @@ def _check_new(path: Path) -> None:
     if path.is_dir() and {one.name for one in path.iterdir()} <= {".lock"}:
         return
     check_unclaimed(path, "run")
-
-
-def _shortened(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
