@@ -68,7 +68,7 @@ class Bank(OnHub, Mapping[Key, Dictionary]):
         if missing:
             raise KeyError(
                 f"The stream has no hook {missing[0]!r}, which the bank has dictionaries of; it "
-                f"has {', '.join(hooks)}. Make the stream with hooks=bank.hooks."
+                f"has {', '.join(hooks)}. Make the stream with all hooks that they read or predict."
             )
         return needed
 
@@ -81,7 +81,11 @@ class Bank(OnHub, Mapping[Key, Dictionary]):
         return x, x if target is None else batch[target]
 
     def save(self, folder: str | Path) -> Path:
-        """Write every dictionary to `folder/<hook_name>/x<expansion_factor>-seed<seed>/`."""
+        """Write every dictionary to `folder/<hook_name>/x<expansion_factor>-seed<seed>/`.
+
+        Raises:
+            ValueError: A hook's name cannot name a folder.
+        """
         for key, dictionary in self.items():
             dictionary.save(dictionary_folder(Path(folder), key))
         return Path(folder)
@@ -92,6 +96,7 @@ class Bank(OnHub, Mapping[Key, Dictionary]):
 
         Raises:
             FileNotFoundError: It holds no dictionaries. A run writes them at its end.
+            ValueError: One is damaged; see `load_dictionary`.
         """
         folder = Path(folder)
         saes = folder / "saes" if (folder / "saes").is_dir() else folder
