@@ -18,7 +18,6 @@ where layers share all features, 1 where none, and above 1 where layers together
 each by itself.
 """
 
-import csv
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 import tyro
-from machine import where, write_row
+from machine import read_rows, where, write_row
 
 import saefeat as sf
 from saefeat.models.zoo import A, random_model
@@ -130,16 +129,8 @@ def print_slopes(rows: list[dict[str, str]]) -> None:
             print(f"{name}, {features}: {growth.slope:.2f} +- {growth.standard_error:.2f}")
 
 
-def read(out: Path) -> list[dict[str, str]]:
-    """The rows that are there."""
-    if not out.is_file():
-        return []
-    with out.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def main(options: Options) -> None:
-    done = {(row["model"], row["first_layer"], row["n_layers"]) for row in read(options.out)}
+    done = {(row["model"], row["first_layer"], row["n_layers"]) for row in read_rows(options.out)}
     options.stores.mkdir(parents=True, exist_ok=True)
     for name in options.models:
         store = cache(name, options)
@@ -150,7 +141,7 @@ def main(options: Options) -> None:
             neurons = {"n_neurons": A.d_model * len(span)}
             row = where(torch.device("cpu")) | place | neurons | measured(store, span, options)
             write_row(options.out, row)
-    print_slopes(read(options.out))
+    print_slopes(read_rows(options.out))
 
 
 if __name__ == "__main__":
