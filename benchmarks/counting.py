@@ -145,7 +145,7 @@ def counted(cell: Cell, options: Options) -> dict[str, Any]:
     start = time.perf_counter()
     count = sf.count_features(stream, n_tokens=n_rows, saes=False, progress=False)
     seconds = time.perf_counter() - start
-    last = count.steps[-1]
+    last = count.last_step
     halves = [step.n_features for step in count.steps if step.stage == "half"]
     row: dict[str, Any] = {
         **asdict(cell),

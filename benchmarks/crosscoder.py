@@ -28,7 +28,6 @@ One row for each bank, and one ("at equal FVU") for each width of crosscoders:
 """
 
 import math
-import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,7 +35,7 @@ from pathlib import Path
 
 import tyro
 from machine import in_turn, ratio, where, write_row
-from rows import structured_batches
+from rows import python_sources, structured_batches
 
 import saefeat as sf
 from saefeat.core.devices import fastest_dtype, resolve_device
@@ -178,12 +177,9 @@ def model_stream(hooks: list[str], options: FeatureOptions) -> sf.ActivationStre
     """The activations of SmolLM2 on the standard library's sources."""
     model = sf.load_model("smollm2-135m", device=options.device)
     n_needed = options.tokens + options.held_out_tokens
-    tokens = sf.load_tokens(
-        Path(sysconfig.get_path("stdlib")),
-        tokenizer=model.tokenizer,
-        context_size=128,
+    tokens = python_sources(
+        model.tokenizer,
         max_tokens=int(1.2 * n_needed) + 256,
-        pattern="**/*.py",
         held_out_fraction=1.1 * options.held_out_tokens / (1.2 * n_needed),
     )
     return sf.ActivationStream.from_model(

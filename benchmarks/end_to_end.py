@@ -34,7 +34,6 @@ One row for each contestant and round (sae-lens-autocast is SAELens with `autoca
 
 import math
 import statistics
-import sysconfig
 import tempfile
 import time
 import warnings
@@ -48,6 +47,7 @@ import torch
 import tyro
 from kinds import sae_lens_config
 from machine import where, write_row
+from rows import python_sources
 from torch import Tensor
 
 import saefeat as sf
@@ -139,11 +139,9 @@ def corpus(model: Any, options: Options) -> sf.Tokens:
     # BOS, separators and sinks are two positions in a hundred. What either reads beyond the end,
     # SAELens for its norms and buffer, is of a second epoch.
     n_contexts = math.ceil(1.03 * options.trained_on / CONTEXT_SIZE)
-    return sf.load_tokens(
-        Path(sysconfig.get_path("stdlib")),
-        tokenizer=model.tokenizer,
-        context_size=CONTEXT_SIZE,
-        pattern="**/*.py",
+    return python_sources(
+        model.tokenizer,
+        CONTEXT_SIZE,
         max_tokens=(n_contexts + options.held_out) * CONTEXT_SIZE,
         held_out_fraction=options.held_out / (n_contexts + options.held_out),
     )

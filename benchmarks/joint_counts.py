@@ -18,7 +18,6 @@ where layers share all features, 1 where none, and above 1 where layers together
 each by itself.
 """
 
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 import tyro
 from machine import read_rows, where, write_row
+from rows import python_sources
 
 import saefeat as sf
 from saefeat.models.zoo import A, random_model
@@ -68,13 +68,7 @@ def cache(name: str, options: Options) -> Path:
     """The store of a model's activations at all layers."""
     store = options.stores / name
     model = random_model(A) if name == "random" else sf.load_model(name)
-    tokens = sf.load_tokens(
-        Path(sysconfig.get_path("stdlib")),
-        tokenizer=model.tokenizer,
-        context_size=64,
-        max_tokens=round(1.2 * options.tokens),
-        pattern="**/*.py",
-    )
+    tokens = python_sources(model.tokenizer, 64, max_tokens=round(1.2 * options.tokens))
     hooks = [hook_of(layer) for layer in range(N_LAYERS)]
     stream = sf.ActivationStream.from_model(model, tokens, hooks=hooks)
     sf.cache_activations(
@@ -107,7 +101,7 @@ def measured(store: Path, span: range, options: Options) -> dict[str, Any]:
     (sae_count,) = sf.sae_counts(bank, stream, n_tokens=40_000)
     row, _ = sf.measure(bank, stream, n_tokens=40_000).rows
     return {
-        "directions": count.steps[-1].n_features,
+        "directions": count.last_step.n_features,
         "low": round(count.low, 1),
         "high": round(count.high, 1),
         "identifiable": count.identifiable,

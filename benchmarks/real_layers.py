@@ -11,7 +11,6 @@ last ("whole") has the answer, those of stage "width" are the width curve.
 The text is the standard library's sources, the site residual streams after the named blocks.
 """
 
-import sysconfig
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 import tyro
 from machine import read_rows, where, write_row
+from rows import python_sources
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import saefeat as sf
@@ -62,13 +62,7 @@ def cache(name: str, options: Options) -> Path:
     hooks = [hook_of(layer) for layer in sorted(numbers)]
     source = random_copy(options.stores / "random-model") if name == "random" else "smollm2-135m"
     model = sf.load_model(source)
-    tokens = sf.load_tokens(
-        Path(sysconfig.get_path("stdlib")),
-        tokenizer=model.tokenizer,
-        context_size=128,
-        max_tokens=round(1.15 * options.tokens),
-        pattern="**/*.py",
-    )
+    tokens = python_sources(model.tokenizer, max_tokens=round(1.15 * options.tokens))
     stream = sf.ActivationStream.from_model(model, tokens, hooks=hooks)
     sf.cache_activations(
         stream, store, n_tokens=options.tokens, held_out_tokens=40_000, resume=store.exists()

@@ -17,7 +17,6 @@ SAELens was far behind: TopK on layer 15 ended at FVU .46 after 0.4M tokens, .22
 """
 
 import math
-import sysconfig
 import tempfile
 import time
 from collections import Counter
@@ -30,6 +29,7 @@ import torch
 import tyro
 from kinds import CONFIGS, PENALTY, sae_lens_dictionary
 from machine import read_rows, write_row
+from rows import python_sources
 
 import saefeat as sf
 from saefeat.metrics.fidelity import FidelitySums
@@ -60,13 +60,7 @@ class Options:
 
 def main(options: Options) -> None:
     model = sf.load_model("smollm2-135m")
-    tokens = sf.load_tokens(
-        Path(sysconfig.get_path("stdlib")),
-        tokenizer=model.tokenizer,
-        context_size=128,
-        pattern="**/*.py",
-        held_out_fraction=0.03,
-    )
+    tokens = python_sources(model.tokenizer, held_out_fraction=0.03)
     with tempfile.TemporaryDirectory() as temporary:
         cache = options.cache or Path(temporary)
         rows = cached_activations(model, tokens, options, cache)

@@ -1,8 +1,25 @@
-"""Rows to benchmark on: they look like activations, so that latents fire as in training."""
+"""What to benchmark on: text that every machine has, and rows that look like activations."""
+
+import sysconfig
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+import saefeat as sf
+
+
+def python_sources(tokenizer: Any, context_size: int = 128, **options: Any) -> sf.Tokens:
+    """The sources of Python's standard library; `options` are those of `load_tokens`."""
+    return sf.load_tokens(
+        Path(sysconfig.get_path("stdlib")),
+        tokenizer=tokenizer,
+        context_size=context_size,
+        pattern="**/*.py",
+        **options,
+    )
 
 
 def structured_batches(
