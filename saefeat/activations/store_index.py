@@ -143,9 +143,9 @@ def item_bytes(dtype: str) -> int:
 
 def encode_index(index: StoreIndex) -> bytes:
     """The content of `index.json`."""
-    index.libraries = {
-        name: metadata.version(name) for name in ("torch", "safetensors", "fsspec", "numpy")
-    }
+    others = {name: metadata.version(name) for name in ("safetensors", "fsspec", "numpy")}
+    # torch's own word also says for which CUDA it was built, which its package may leave out.
+    index.libraries = {"torch": str(torch.__version__), **others}
     head = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
