@@ -10,8 +10,8 @@ and crosscoders of each are trained. Spans that the CSV has already are left out
 - directions: that two random starts of matching pursuit share, each layer at one mean norm.
 - low, high, identifiable: the answer of the count; where it is not identifiable, low alone says
   something.
-- n_alive, n_stable, reuse, fvu: of crosscoders from two seeds, on held-out rows: latents that
-  fire, and those that both seeds have found and that cost something to ablate.
+- features, reuse, fvu: of a crosscoder on held-out rows; see `superposition.joint_features`.
+- n_stable: features that crosscoders from two seeds have both found.
 
 At the end the slopes of ln(features) on ln(neurons) are printed, see `metrics.feature_growth`: 0
 where layers share all features, 1 where none, and above 1 where layers together hold more than
@@ -42,9 +42,9 @@ class Options:
     models: tuple[str, ...] = ("tiny-a", "random")
     spans: tuple[int, ...] = (1, 2, 4)
     """Numbers of layers that are taken together."""
-    tokens: int = 500_000
-    picks: tuple[int, ...] = (1, 2, 4)
-    expansion_factors: tuple[float, ...] = (2, 4, 8)
+    tokens: int = 300_000
+    picks: tuple[int, ...] = (1, 2)
+    expansion_factors: tuple[float, ...] = (2, 4)
     """Atoms per neuron of the span, to choose from."""
     k: int = 8
     """Latents of a crosscoder that are on per row."""
@@ -100,15 +100,16 @@ def measured(store: Path, span: range, options: Options) -> dict[str, Any]:
     )
     (sae_count,) = sf.sae_counts(bank, stream, n_tokens=40_000)
     row, _ = sf.measure(bank, stream, n_tokens=40_000).rows
+    profile = row.layer_profile or {}
     return {
         "directions": count.last_step.n_features,
         "low": round(count.low, 1),
         "high": round(count.high, 1),
         "identifiable": count.identifiable,
         "coverage": round(count.coverage, 4),
-        "n_alive": row.n_alive,
+        "features": profile["n_features"],
         "n_stable": sae_count.distinct.n_stable,
-        "reuse": round((row.layer_profile or {"reuse": 1.0})["reuse"], 3),
+        "reuse": round(profile["reuse"], 3),
         "fvu": round(row.fvu, 4),
     }
 
@@ -118,7 +119,7 @@ def print_slopes(rows: list[dict[str, str]]) -> None:
     for name in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == name]
         neurons = [int(row["n_neurons"]) for row in own]
-        for features in ("directions", "low", "n_alive", "n_stable"):
+        for features in ("directions", "low", "features", "n_stable"):
             growth = sf.metrics.feature_growth([float(row[features]) for row in own], neurons)
             print(f"{name}, {features}: {growth.slope:.2f} +- {growth.standard_error:.2f}")
 
