@@ -6,6 +6,8 @@ import pytest
 import torch
 from resumable_run import make_stream
 
+import saefeat as sf
+from saefeat.training.callbacks import CallbackError
 from saefeat.training.prefetch import prefetched
 
 
@@ -55,3 +57,25 @@ def test_an_error_while_reading_reaches_the_caller():
     stream._source._tensors["a"][:] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         list(prefetched(stream.batches(300), lambda: False))
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_nothing_is_read_any_more_once_training_has_failed(tmp_path, in_folder):
+    class Failing(sf.Callback):
+        def record(self, record):
+            raise RuntimeError("enough")
+
+    x = torch.randn(4_000, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(CallbackError) as error:
+        sf.train(
+            sf.ActivationStream.from_tensors({"a": x}, batch_size=100),
+            sf.TopKConfig(k=2),
+            n_tokens=2_000,
+            out=tmp_path / "run" if in_folder else None,
+            log_every=1,
+            progress=False,
+            callbacks=[Failing()],
+        )
+    # The error, which is still here, has all that raised it.
+    assert error.traceback
+    assert not [one for one in threading.enumerate() if one.name.startswith("saefeat-reads")]

@@ -3,8 +3,8 @@
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +82,13 @@ class Run:
         learner, listeners = self.learner, self.listeners
         try:
             listeners.start(self.description, 0)
-            batches = self._read(self._batches(), lambda: False)
-            for batch, n_rows in self._with_bar(batches):
-                measured = learner.step(batch, n_rows)
-                if self.is_heard and self._is_logged():
-                    for record in self._records(learner.of_all(measured)):
-                        listeners.record(record)
-                    listeners.raise_error("Without `out` nothing of the run is kept.")
+            with self._reading(self._batches(), lambda: False) as read:
+                for batch, n_rows in read:
+                    measured = learner.step(batch, n_rows)
+                    if self.is_heard and self._is_logged():
+                        for record in self._records(learner.of_all(measured)):
+                            listeners.record(record)
+                        listeners.raise_error("Without `out` nothing of the run is kept.")
             bank = learner.finish()
             listeners.end(bank)
         finally:
@@ -135,9 +135,9 @@ class Run:
         with (
             stop_requests() as stop,
             _metrics_file(folder) if folder else nullcontext() as metrics,
+            self._reading(batches, saves_after_this_step) as read,
         ):
-            read = self._read(batches, saves_after_this_step)
-            for batch, n_rows in self._with_bar(read):
+            for batch, n_rows in read:
                 measured = learner.step(batch, n_rows)
                 is_last = learner.n_tokens_seen >= self.n_tokens
                 if self._is_logged():
@@ -191,9 +191,24 @@ class Run:
             position = (checkpoint.stream, rows)
         return self.stream.batches(self.n_tokens, position, ranks=self.ranks, wanted=wanted)
 
+    @contextmanager
+    def _reading(
+        self, batches: Iterator[Batch], keeps_position: Callable[[], bool]
+    ) -> Iterator[Iterator[tuple[Batch, int]]]:
+        """The batches with their rows; when training ends, whatever ends it, so does reading.
+
+        An error keeps what raised it alive for as long as it is looked at. A thread that still
+        read then would hold locks, which a fork of the process never sees released.
+        """
+        with (
+            closing(self._read(batches, keeps_position)) as read,
+            closing(self._with_bar(read)) as counted,
+        ):
+            yield counted
+
     def _read(
         self, batches: Iterator[Batch], keeps_position: Callable[[], bool]
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """The batches; several processes read them in step, and one reads ahead.
 
         Reading ahead is done in a thread, and collectives of two threads have no one order.
@@ -246,7 +261,7 @@ class Run:
             name = dict(zip(("hook_name", "expansion_factor", "seed"), key, strict=True))
             yield {**position_now, **name, **{term: float(value) for term, value in terms.items()}}
 
-    def _with_bar(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, int]]:
+    def _with_bar(self, batches: Iterable[Batch]) -> Generator[tuple[Batch, int], None, None]:
         """The batches, and the rows of each whole one, counted on a bar once they are used."""
         n_done = self.learner.n_tokens_seen
         with progress_bar(
