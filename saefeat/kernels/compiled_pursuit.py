@@ -12,7 +12,7 @@ from saefeat.kernels import pursuit
 from saefeat.kernels.codes import Codes
 from saefeat.kernels.compiled import compiled, share_rows
 
-BLOCK = 256
+BLOCK = 64
 """Scores among which the largest is found at once."""
 ROWS_AT_ONCE = 4096
 """Rows whose correlations with all atoms are in memory at once."""

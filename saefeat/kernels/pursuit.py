@@ -42,9 +42,11 @@ def squared_tolerance(tolerance: float, dtype: torch.dtype) -> float:
 
 def as_codes(picked: Int[Tensor, "n k"], values: Float[Tensor, "n k"], d_sae: int) -> Codes:
     """Codes of the picks whose value is above 0."""
-    kept = (values > 0).flatten()
+    kept, values = (values > 0).flatten(), values.flatten()
     pattern = SparsityPattern.from_top_k(picked, d_sae)
-    return Codes(pattern.where(kept), values.flatten()[kept])
+    if kept.all():
+        return Codes(pattern, values)
+    return Codes(pattern.where(kept), values[kept])
 
 
 def _pursue(
