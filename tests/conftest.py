@@ -60,3 +60,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("HF_TOKEN", "hf_anything")
         yield server
+
+
+@pytest.fixture
+def selects_in_float32(monkeypatch):
+    """A short dtype would turn a difference in the last digit into another latent."""
+    from saefeat.training import trainer
+
+    monkeypatch.setattr(trainer, "fastest_dtype", lambda device: torch.float32)

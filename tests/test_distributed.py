@@ -20,15 +20,10 @@ from saefeat.dictionaries.topk import TopK
 from saefeat.kernels import eager
 from saefeat.kernels.shared_selection import batch_top_k, top_k
 from saefeat.superposition.joint_features import JointFeatures
-from saefeat.training import trainer
 from saefeat.training.bank_learner import BankLearner
 from saefeat.training.sharded_bank import owners
 
-
-@pytest.fixture(autouse=True)
-def selects_in_float32(monkeypatch):
-    """A short dtype would turn a difference in the last digit into another latent."""
-    monkeypatch.setattr(trainer, "fastest_dtype", lambda device: torch.float32)
+pytestmark = pytest.mark.usefixtures("selects_in_float32")
 
 
 def state_of(bank):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import saefeat as sf
 from saefeat.core.distributed import PeerLostError, Ranks, current
 from saefeat.core.tensor_parts import Part, SavedTensors, write_parts
-from saefeat.training import checkpoint, trainer
+from saefeat.training import checkpoint
 from saefeat.training import run as training_run
 from saefeat.training.bank_learner import BankLearner
 from saefeat.training.checkpoint import load_newest, save_checkpoint
@@ -25,10 +25,7 @@ N_STEPS = 8
 KIND = "batch_topk"
 
 
-@pytest.fixture(autouse=True)
-def selects_in_float32(monkeypatch):
-    """A short dtype would turn a difference in the last digit into another latent."""
-    monkeypatch.setattr(trainer, "fastest_dtype", lambda device: torch.float32)
+pytestmark = pytest.mark.usefixtures("selects_in_float32")
 
 
 @pytest.fixture(scope="module")

@@ -253,6 +253,25 @@ def test_a_folder_takes_the_place_of_an_older_one_and_leaves_nothing_else(tmp_pa
     assert content(tmp_path) == {"x/a": b"second"}
 
 
+def test_a_folder_that_cannot_get_its_name_leaves_the_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(tmp_path / "x", "first")
+    plain = Path.rename
+    with temporary_folder(tmp_path / "x") as draft, monkeypatch.context() as patch:
+        write_bytes(draft / "a", b"second")
+
+        def failing(self: Path, target: Path) -> Path:
+            if self == draft:
+                raise OSError(5, "Input/output error")
+            return plain(self, target)
+
+        patch.setattr(Path, "rename", failing)
+        with pytest.raises(OSError, match="Input/output"):
+            publish_folder(draft, tmp_path / "x")
+    assert content(tmp_path) == {"x/a": b"first"}
+
+
 def test_a_kill_while_the_older_folder_is_deleted_leaves_no_part_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

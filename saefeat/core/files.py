@@ -231,6 +231,8 @@ def publish_folder(draft: Path, path: str | Path, *, replace: bool = True) -> No
     try:
         draft.rename(path)
     except OSError:
+        if older.is_dir():
+            older.rename(path)
         if replace or not path.is_dir():
             raise
     sync(path.parent)

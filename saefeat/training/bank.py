@@ -76,9 +76,10 @@ class Bank(OnHub, Mapping[Key, Dictionary]):
         self, key: Key, batch: Mapping[str, Float[Tensor, "n _"]]
     ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
         """What a dictionary reads of a batch, and what it is to reconstruct."""
-        x = torch.cat([batch[hook_name] for hook_name in self.reads[key]], dim=1)
-        target = self[key].origin.target_hook_name
-        return x, x if target is None else batch[target]
+        origin = self[key].origin
+        rows = [batch[hook_name] for hook_name in origin.hook_widths or [key[0]]]
+        x = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+        return x, x if origin.target_hook_name is None else batch[origin.target_hook_name]
 
     def save(self, folder: str | Path) -> Path:
         """Write every dictionary to `folder/<hook_name>/x<expansion_factor>-seed<seed>/`.
