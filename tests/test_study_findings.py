@@ -353,6 +353,21 @@ def test_everything_that_was_measured_is_in_the_findings() -> None:
     json.dumps(findings(whole(EXACT), RULES).to_dict(), allow_nan=False)
 
 
+def test_what_pursuit_cannot_match_saes_do() -> None:
+    """The study pairs SAEs alone; without them the count that goes furthest could claim nothing."""
+    study = whole(simulated_study("partitioned", failing=0, degree=20, count_error=0))
+    by_saes = tuple(replace(one, instrument="batch_topk") for one in study.pairs)
+    for pairs, is_said in ((study.pairs, False), (by_saes, True)):
+        found = findings(replace(study, pairs=pairs), RULES).parts[0]
+        assert found.instrument == "matching_pursuit"
+        assert found.verdict.conclusion == "linear superposition insufficient"
+        assert ("are those of BatchTopK SAEs" in str(found)) == is_said
+    # SAEs whose decoder stays as it was drawn have learned nothing that could be matched.
+    layers = tuple(replace(one, instrument="frozen_decoder") for one in study.layers)
+    found = findings(replace(study, layers=layers, pairs=by_saes), RULES).parts[0]
+    assert found.universality is None
+
+
 def test_joint_counts_go_before_sums_over_layers() -> None:
     study = whole(EXACT)
     joint = [

@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 
 from saefeat.cli import main
+from saefeat.models.load import load_model
+from saefeat.models.size import n_block_weights
 from saefeat.models.zoo import Shape, TrainingOptions, random_model
 from saefeat.study.protocol import PRESETS, Protocol
 from saefeat.study.run import run_study
@@ -89,6 +91,35 @@ def test_a_study_says_what_follows_and_goes_on_after_a_kill(tmp_path, text, own_
         study(out, text, replace(PROTOCOL, n_tokens=13_000))
 
 
+def gpt2(shape, d_mlp):
+    """A model of random weights that is not the zoo's."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=257,
+        n_positions=32,
+        n_layer=shape.n_layers,
+        n_embd=shape.d_model,
+        n_head=shape.n_heads,
+        n_inner=d_mlp,
+    )
+    tokenizer = random_model(NARROW, 0, device="cpu").tokenizer
+    return TransformerBridge.boot_transformers(
+        "gpt2", hf_model=GPT2LMHeadModel(config), tokenizer=tokenizer
+    )
+
+
+def test_weights_of_blocks_are_counted_once_whatever_the_model():
+    d, d_mlp = NARROW.d_model, 48
+    expected = NARROW.n_layers * (4 * d * d + 2 * d * d_mlp)
+    assert n_block_weights(gpt2(NARROW, d_mlp)) == expected
+    for shape in (NARROW, WIDE):
+        assert n_block_weights(random_model(shape, 0, device="cpu")) == shape.n_parameters
+    config = load_model("tiny-a").cfg
+    assert n_block_weights(load_model("tiny-a")) == 12 * config.n_layers * config.d_model**2
+
+
 def test_models_of_ones_own_take_the_place_of_the_zoo(tmp_path, text):
     models = [
         random_model(shape, seed, device="cpu") for shape in (NARROW, WIDE) for seed in (0, 1)
@@ -122,6 +153,8 @@ def test_one_shape_or_width_is_no_study(tmp_path, text):
             models=models,
             random_models=[random_model(Shape(2, 16, 1), 0, device="cpu")],
         )
+    with pytest.raises(ValueError, match="Their heads or MLPs differ"):
+        study(tmp_path / "study", text, models=[*models, gpt2(NARROW, d_mlp=48)])
     alike = [random_model(Shape(n, 16, 1), seed, device="cpu") for n in (1, 2) for seed in (0, 1)]
     with pytest.raises(ValueError, match="a narrow shape and a wider one"):
         study(tmp_path / "study", text, models=alike)
@@ -164,6 +197,9 @@ def test_presets_differ_in_size_alone():
     assert quick.n_tokens < default.n_tokens < full.n_tokens
     assert quick.rules == default.rules == full.rules
     assert len(default.shapes) == 2 < len(full.shapes) == 4
+    for preset in (default, full):
+        for seeds in (preset.model_seeds, preset.random_seeds):
+            assert len(seeds) >= preset.rules.least_replicates, "neither could have a slope"
 
 
 def test_two_presets_at_once_are_one_line_of_error(capsys):

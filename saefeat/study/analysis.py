@@ -28,6 +28,8 @@ from saefeat.study.verdict import Evidence, judge
 from saefeat.superposition.theory import LOSS_FROM_PARAMETERS
 from saefeat.superposition.universality.score import Estimate
 
+_MATCHED_BY_SAES = "U and the densities of matched features are those of BatchTopK SAEs."
+
 
 def findings(observations: Observations, rules: Rules | None = None) -> Findings:
     """All that follows from the observations, by the rules.
@@ -64,12 +66,7 @@ def _finding(
     a, b = (_of(trained, shape, rules) for shape in (narrow, wide))
     beta, bootstrap, fit = _slopes(trained, observations, rules)
     control, _, _ = _slopes(random, observations, rules)
-    pairs = [
-        one
-        for one in observations.pairs
-        if (one.site, one.instrument) == (site, instrument)
-        and (one.narrow_label, one.wide_label) == observations.pair
-    ]
+    pairs, matched_by = _pairs(observations, site, instrument)
     densities = _densities(pairs, rules)
     null, u = _universality(pairs, rules)
     joint = [one for one in observations.joint if one.site == site and one.control == "trained"]
@@ -94,7 +91,11 @@ def _finding(
             for shape in (narrow, wide)
             if shape.label in reuse and shape.n_layers > 1
         },
-        caveats=(*general, *_caveats(trained, random, control, fit, loads[0], rules)),
+        caveats=(
+            *general,
+            *_caveats(trained, random, control, fit, loads[0], rules),
+            *(() if matched_by == instrument else (_MATCHED_BY_SAES,)),
+        ),
     )
     return Finding(
         site=site,
@@ -131,6 +132,26 @@ def _counts(
     if not own:
         return []
     return [shape_counts(shape.label, own, rules) for shape in observations.shapes]
+
+
+def _pairs(
+    observations: Observations, site: str, instrument: str
+) -> tuple[list[PairObservation], str]:
+    """Pairs of the narrow and the wide shape at a site, and what their features are by.
+
+    Pursuit counts directions and keeps no latents to correlate: whether two models hold the same
+    features is told by SAEs of the same layers.
+    """
+    for by in (instrument, *(("batch_topk",) if instrument == "matching_pursuit" else ())):
+        found = [
+            one
+            for one in observations.pairs
+            if (one.site, one.instrument) == (site, by)
+            and (one.narrow_label, one.wide_label) == observations.pair
+        ]
+        if found:
+            return found, by
+    return [], instrument
 
 
 def _of(counts: Sequence[ShapeCounts], shape: ObservedShape, rules: Rules) -> ShapeCounts:

@@ -82,13 +82,14 @@ class Findings:
     parts: tuple[Finding, ...]
     """One for each site and instrument that was observed."""
     losses: dict[str, Estimate]
-    """Validation loss of the trained models, by shape; of those with 2 models at least."""
+    """Validation loss of the trained models, by shape; of those with 2 models at least. A token of
+    the zoo is a byte."""
     loss_gap: float | None
     """Between the shapes' means, as a share of the smallest."""
     rules: Rules
 
     def __str__(self) -> str:
-        losses = [f"loss of {label}: {loss} nats a byte" for label, loss in self.losses.items()]
+        losses = [f"loss of {label}: {loss} nats a token" for label, loss in self.losses.items()]
         if self.loss_gap is not None:
             losses.append(f"largest gap of their means: {self.loss_gap:.2%}")
         return "\n\n".join(["\n".join(losses), *(str(part) for part in self.parts)]).lstrip()

@@ -49,6 +49,8 @@ class Subject:
     source: Any
     """What `load_model` takes."""
     n_layers: int
+    n_parameters: int
+    """Weights of its blocks, without biases and norms."""
     n_bytes: int
     """Of text that it was trained on; 0 if that is not known, or for a random one."""
     validation_loss: float | None = None
@@ -154,6 +156,7 @@ def observe_layer(
         picks=protocol.picks,
         expansion_factors=protocol.expansion_factors,
         saes=False,
+        device="cpu",
         progress=False,
     )
     who: dict[str, Any] = {

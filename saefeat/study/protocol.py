@@ -26,8 +26,9 @@ class Protocol:
     """How the zoo is trained."""
     model_seeds: tuple[int, ...] = (0, 1, 2, 3)
     """Replicates of each shape."""
-    random_seeds: tuple[int, ...] = (0, 1)
-    """Models of each shape that stay as they were initialised: the control."""
+    random_seeds: tuple[int, ...] = (0, 1, 2, 3)
+    """Models of each shape that stay as they were initialised: the control. With fewer than
+    `rules.least_replicates` it has no slope."""
     sites: tuple[str, ...] = ("mlp", "residual")
     """Where features are counted: see `HOOKS`."""
     layers_per_model: int | None = 2

@@ -112,6 +112,7 @@ def gather(out: Path, protocol: Protocol, subjects: Sequence[Subject]) -> Observ
         for name in parts(subject, protocol):
             kind = name.partition("-")[0]
             records[kind] += read_json(out / "models" / subject.name / f"{name}.json")
+    sizes = {one.shape_label: one.n_parameters for one in subjects}
     for pair in pairs(subjects, protocol):
         records["pair"].append(read_json(_pair_file(out, pair)))
     return Observations.from_dict(
@@ -122,7 +123,7 @@ def gather(out: Path, protocol: Protocol, subjects: Sequence[Subject]) -> Observ
                         label=shape.label,
                         n_layers=shape.n_layers,
                         d_model=shape.d_model,
-                        n_parameters=shape.n_parameters,
+                        n_parameters=sizes[shape.label],
                     )
                 )
                 for shape in protocol.shapes

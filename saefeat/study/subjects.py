@@ -8,6 +8,7 @@ from typing import Any
 
 from saefeat.activations.sources import fingerprint
 from saefeat.models.load import load_model
+from saefeat.models.size import n_block_weights
 from saefeat.models.zoo import Family, Shape, write_random_model
 from saefeat.study.observe import Subject
 from saefeat.study.protocol import Protocol
@@ -22,6 +23,7 @@ def zoo_subjects(protocol: Protocol, family: Family, folder: Path) -> list[Subje
             control="trained",
             source=model.folder,
             n_layers=model.shape.n_layers,
+            n_parameters=model.shape.n_parameters,
             n_bytes=model.n_tokens,
             validation_loss=model.validation_loss,
         )
@@ -39,6 +41,7 @@ def zoo_subjects(protocol: Protocol, family: Family, folder: Path) -> list[Subje
                     control="random",
                     source=source,
                     n_layers=shape.n_layers,
+                    n_parameters=shape.n_parameters,
                     n_bytes=0,
                 )
             )
@@ -57,10 +60,12 @@ def own_subjects(
 
     Raises:
         ValueError: They have fewer than two shapes, or of one width, a shape has one model only,
-            or a random model has a shape that no trained one has.
+            models of one shape differ in size, or a random model has a shape that no trained one
+            has.
     """
     subjects = []
     shapes: dict[str, Shape] = {}
+    sizes: dict[str, int] = {}
     for control, sources in (("trained", models), ("random", random_models)):
         n_known: Counter[str] = Counter()
         for source in sources:
@@ -73,6 +78,14 @@ def own_subjects(
                     f"{', '.join(shapes)}. As a control it has to have a shape of theirs."
                 )
             shapes.setdefault(shape.label, shape)
+            n_parameters = n_block_weights(model)
+            of_shape = sizes.setdefault(shape.label, n_parameters)
+            if n_parameters != of_shape:
+                raise ValueError(
+                    f"Models of one shape are replicates, but of {shape.label} (layers x width) one "
+                    f"has {of_shape:,} weights in its blocks and one has {n_parameters:,}. Their "
+                    "heads or MLPs differ."
+                )
             subjects.append(
                 Subject(
                     shape_label=shape.label,
@@ -80,6 +93,7 @@ def own_subjects(
                     control=control,
                     source=source,
                     n_layers=shape.n_layers,
+                    n_parameters=n_parameters,
                     n_bytes=0,
                     fingerprint=fingerprint(*model.state_dict().values()),
                 )
