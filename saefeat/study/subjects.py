@@ -82,8 +82,8 @@ def own_subjects(
             of_shape = sizes.setdefault(shape.label, n_parameters)
             if n_parameters != of_shape:
                 raise ValueError(
-                    f"Models of one shape are replicates, but of {shape.label} (layers x width) one "
-                    f"has {of_shape:,} weights in its blocks and one has {n_parameters:,}. Their "
+                    f"Models of one shape are replicates, but of {shape.label} (layers x width) "
+                    f"one has {of_shape:,} weights in its blocks and one {n_parameters:,}. Their "
                     "heads or MLPs differ."
                 )
             subjects.append(
