@@ -89,6 +89,16 @@ def test_cache_writes_a_store_goes_on_with_it_and_adds_to_it(local_model, text, 
     assert_refused(saefeat("cache", *options, "--hooks", "nothing", *more), "'nothing'")
 
 
+def test_a_reader_that_has_had_enough_is_no_error():
+    """As in `saefeat study --help | head -1`."""
+    command = [sys.executable, "-m", "saefeat", "cache", "--help"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as running:
+        running.stdout.close()
+        assert running.stderr.read() == ""
+        assert running.wait() == 141
+
+
 def test_help_of_cache_shows_an_example():
     finished = saefeat("cache", "--help")
     assert finished.returncode == 0

@@ -30,9 +30,15 @@ def main(arguments: list[str] | None = None) -> None:
         command = _parse(arguments)
         with _in_step(arguments[0]):
             command()
+        sys.stdout.flush()
     except KeyboardInterrupt as stop:
         # 130 is what shells say of a program that SIGINT ended.
         _exit_with(str(stop) or "interrupted", 130)
+    except BrokenPipeError:
+        # Whoever read what was printed, such as `head`, has had enough. What Python still holds
+        # goes nowhere, or it would fail once more on exit; 141 is what shells say of SIGPIPE.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, KeyError, OSError, ImportError) as error:
         if debug:
             raise
