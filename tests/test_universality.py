@@ -144,6 +144,8 @@ def test_rare_latents_are_not_counted(generator: torch.Generator) -> None:
     a[:4, 3] = 1
     assert prepared(a, least_firing=4).n_counted == 5
     assert prepared(a, least_firing=5).n_counted == 4
+    none = correlate(prepared(a, least_firing=1000), prepared(a, least_firing=1000))
+    assert (none.n_counted, none.mean, none.mppc) == ((0, 0), 0.0, (0.0, 0.0))
     found = correlate(prepared(a, least_firing=5), prepared(a, least_firing=5))
     assert found.pairs.rows.tolist() == [0, 1, 2, 4]
 

@@ -57,8 +57,8 @@ class Correlations:
         The mean over the counted latents of one dictionary of the largest correlation with any of
         the other's. Several may share a partner, so it is no lower than the mean of an assignment.
         """
-        both = (self.largest_a, self.largest_b)
-        means = [float(one[~one.isnan()].mean()) if len(one) else 0.0 for one in both]
+        counted = [one[~one.isnan()] for one in (self.largest_a, self.largest_b)]
+        means = [float(one.mean()) if len(one) else 0.0 for one in counted]
         return means[0], means[1]
 
 
