@@ -23,6 +23,8 @@ MOST_ROWS = 256
 """Rows that it is estimated from at most: elementwise work on them is most of its cost."""
 FEWEST_ROWS = 64
 """Rows that the auxiliary loss is estimated from, however many latents are dead."""
+DEAD_SHARE = 0.1
+"""Share of the latents that plans take to be dead."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,3 +77,9 @@ def auxiliary_loss(
     varies = variance > torch.finfo(x.dtype).eps * target.square().sum()
     error = (target[own] - prediction).square().sum()
     return varies * error / torch.where(varies, variance, 1.0)
+
+
+def auxiliary_bytes(dictionary: "SparseAutoencoder", n: int) -> int:
+    """Encoder and decoder of dead latents, their gradients, and some of n rows."""
+    copied = int(DEAD_SHARE * dictionary.d_sae) * 2 + min(n // 4, MOST_ROWS)
+    return 4 * copied * (dictionary.d_in + dictionary.d_out)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from saefeat.core.html import table
 from saefeat.core.hub import OnHub
+from saefeat.dictionaries.costs import Costs
 from saefeat.dictionaries.step import StepContext, StepLoss
 from saefeat.kernels import stock
 from saefeat.kernels.codes import Codes
@@ -73,7 +74,7 @@ class Origin:
     """Rows of activations that it was trained on."""
 
 
-class Dictionary(OnHub, nn.Module, ABC):
+class Dictionary(OnHub, Costs, nn.Module, ABC):
     """A sparse dictionary over the activations of one hook point.
 
     Weights are held latent by latent, `[d_sae, d_out]`, since every sparse product reads or

@@ -313,6 +313,10 @@ class L1Crosscoder(Standard, AcrossHooks):
     config_type = L1CrosscoderConfig
     config: L1CrosscoderConfig
 
+    def step_bytes(self, n: int) -> int:
+        """Also decoder norms by hook, and their gradients: by block, put together and added."""
+        return super().step_bytes(n) + 4 * 4 * self.d_sae * self.d_out
+
     @property
     def thresholds(self) -> Float[Tensor, " d_sae"]:
         """0: every latent above it is on."""

@@ -81,6 +81,11 @@ class Gated(Penalised):
             "gate_fvu": error / context.variance,
         }
 
+    @property
+    def flops_per_entry(self) -> int:
+        """Also those of the reconstruction from its gates."""
+        return super().flops_per_entry + 4 * self.d_out
+
     @torch.no_grad()
     def restart(
         self,

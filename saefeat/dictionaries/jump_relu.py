@@ -135,6 +135,11 @@ class JumpReLU(Penalised):
                 count = n * (often + squares / self.config.frequent).sum()
         return {"sparsity": coefficient * count / (n * target.shape[1])}
 
+    @property
+    def entries_per_row(self) -> float:
+        """The window of the thresholds adds about twice as many."""
+        return min(3 * super().entries_per_row, self.d_sae)
+
     @torch.no_grad()
     def restart(
         self,

@@ -11,6 +11,7 @@ from saefeat.dictionaries.step import StepContext, StepLoss
 from saefeat.dictionaries.topk import check_k
 from saefeat.kernels.autograd import squared_errors
 from saefeat.kernels.codes import Codes
+from saefeat.kernels.compiled_pursuit import ROWS_AT_ONCE
 from saefeat.kernels.dispatch import choose_kernels
 
 
@@ -92,6 +93,20 @@ class MatchingPursuit(Dictionary):
         if kept is None or kept[0].device != atoms.device or not torch.equal(kept[0], atoms):
             kept = self._kept = (atoms.clone(), atoms @ atoms.T)
         return kept
+
+    def step_flops(self, n: int) -> float:
+        """2 n d d_sae + 2 d d_sae^2 + n d_sae (k^2 + 5 k) + 4 nnz d.
+
+        Products with all atoms, the Gram matrix, k updates of all correlations, each beside those
+        before it, and the gradients of what was picked.
+        """
+        k, d = self.config.k, self.d_in
+        picks = n * self.d_sae * (k**2 + 5 * k)
+        return 2.0 * n * d * self.d_sae + 2 * d * self.d_sae**2 + picks + 4 * n * k * d
+
+    def lasting_bytes(self, n: int) -> int:
+        """The Gram matrix, and the correlations of some rows with all atoms."""
+        return 4 * self.d_sae * (self.d_sae + min(n, ROWS_AT_ONCE))
 
     def training_loss(
         self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], context: StepContext

@@ -55,6 +55,11 @@ class Matryoshka(BatchTopK):
         if min(weights) < 0 or sum(weights) == 0:
             raise ValueError(f"prefix_weights must not be negative nor all 0, got {weights}.")
 
+    @property
+    def n_reconstructions(self) -> int:
+        """One for each prefix."""
+        return len(self.prefixes)
+
     def reconstruct(
         self, codes: Codes, target: Float[Tensor, "n d_out"], context: StepContext
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "n d_out"]]:

@@ -12,6 +12,8 @@ from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
 from saefeat.dictionaries.step import StepContext
 from saefeat.kernels.codes import Codes
 
+INITIAL_SCORE_BYTES = 16
+"""Of a score from which the first threshold is found: itself, and what sorts it."""
 GAIN = 0.03
 """Share by which a step moves the coefficient where L0 is e times its target."""
 
@@ -115,3 +117,13 @@ class Penalised(SparseAutoencoder):
     @abstractmethod
     def start_above(self, threshold: Float[Tensor, ""]) -> None:
         """Have the latents on whose score is above a threshold, at the start of training."""
+
+    @property
+    def entries_per_row(self) -> float:
+        """It starts from `initial_l0` and moves away from it, to where nobody knows."""
+        return min(self.config.initial_l0, self.d_sae / 2)
+
+    def initial_bytes(self, n: int) -> int:
+        """Scores are sorted to find the first threshold."""
+        scored = INITIAL_SCORE_BYTES * n * self.d_sae + 4 * n * self.d_in
+        return max(super().initial_bytes(n), scored)

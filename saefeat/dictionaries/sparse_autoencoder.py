@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saefeat.dictionaries.auxiliary import AuxiliaryConfig, auxiliary_loss
+from saefeat.dictionaries.auxiliary import AuxiliaryConfig, auxiliary_bytes, auxiliary_loss
 from saefeat.dictionaries.base import Dictionary, random_unit_rows
 from saefeat.dictionaries.step import StepContext, StepLoss
 from saefeat.kernels.autograd import sparse_encode, squared_errors
@@ -135,6 +135,17 @@ class SparseAutoencoder(Dictionary):
             codes=Codes(pattern, codes.values.detach()),
             residual=residual,
         )
+
+    def step_bytes(self, n: int) -> int:
+        """Also those of the auxiliary loss."""
+        config = self.config
+        has_loss = isinstance(config, AuxiliaryConfig) and config.auxiliary_weight
+        return super().step_bytes(n) + (auxiliary_bytes(self, n) if has_loss else 0)
+
+    def initial_bytes(self, n: int) -> int:
+        """A transcoder also looks at the scores of its first latents."""
+        drawn = super().initial_bytes(n)
+        return max(drawn, 8 * n * (self.d_sae + self.d_in)) if self.is_transcoder else drawn
 
     def scores(self, x: Float[Tensor, "..."]) -> Float[Tensor, "n d_sae"]:
         """The pre-activations of all latents, in the dictionary's dtype."""

@@ -19,15 +19,13 @@ from saefeat.core.devices import fastest_dtype, resolve_device
 from saefeat.core.files import check_unclaimed
 from saefeat.core.progress import progress_bar
 from saefeat.dictionaries.base import Dictionary, DictionaryConfig
-from saefeat.dictionaries.gated import GatedConfig
-from saefeat.dictionaries.matching_pursuit import MatchingPursuitConfig
 from saefeat.dictionaries.topk import TopKConfig
 from saefeat.kernels.dispatch import Kernels, choose_kernels
 from saefeat.training.bank import Bank, Key
 from saefeat.training.bank_learner import BankLearner
 from saefeat.training.fitting import check_fit, readable_bytes
 from saefeat.training.new_bank import copies
-from saefeat.training.requirements import Requirements, entries_per_row
+from saefeat.training.requirements import Requirements
 
 WARM_UP_CHUNKS, TIMED_CHUNKS = 1, 3
 """Chunks of the source that are read: first unmeasured, then timed. One more counts FLOPs."""
@@ -52,7 +50,7 @@ class Plan:
     language_model_flops: float
     """Of all forwards, as torch counts matrix products and attention; 0 without a model."""
     dictionary_flops: float
-    """Of all steps; see `step_flops`."""
+    """Of all steps; see `dictionaries.costs`."""
     activation_bytes: int
     """What flows through the stream. None of it is written to disk."""
     buffer_bytes: int
@@ -219,7 +217,7 @@ def plan(
             del learner
             memory.give_back_freed()
             bar.update()
-    flops_per_step = sum(step_flops(one, stream.batch_size) for one in run.dictionaries.values())
+    flops_per_step = sum(one.step_flops(stream.batch_size) for one in run.dictionaries.values())
     return Plan(
         n_dictionaries=len(run.dictionaries),
         n_parameters=run.n_parameters,
@@ -239,29 +237,6 @@ def plan(
         device=str(device),
         kernels=kernel_name,
     )
-
-
-def step_flops(dictionary: Dictionary, n_rows: int) -> float:
-    """Floating-point operations of one step on n rows, multiplications and additions each as one.
-
-        with an encoder     2 n d_in d_sae + nnz (4 d_in + 6 d_out)
-        gated               ... + 4 nnz d_out, for the reconstruction from its gates
-        matching pursuit    2 n d d_sae + 2 d d_sae^2 + n d_sae (k^2 + 5 k) + 4 nnz d
-
-    The first term is the one dense product, in a short dtype. An entry is read with its
-    gradient (4 d_in), decoded, and gives gradients to code and atom (6 d_out). A pursuit has
-    its Gram matrix, then k updates of all correlations, each beside those before it. Adam, whose
-    work does not grow with n, and the auxiliary loss are not counted.
-    """
-    d_in, d_out, d_sae = dictionary.d_in, dictionary.d_out, dictionary.d_sae
-    nnz = n_rows * entries_per_row(dictionary)
-    dense = 2.0 * n_rows * d_in * d_sae
-    config = dictionary.config
-    if isinstance(config, MatchingPursuitConfig):
-        picks = n_rows * d_sae * (config.k**2 + 5 * config.k)
-        return dense + 2 * d_in * d_sae**2 + picks + 4 * nnz * d_in
-    gates = 4 * d_out if isinstance(config, GatedConfig) else 0
-    return dense + nnz * (4 * d_in + 6 * d_out + gates)
 
 
 def timed(function: Callable[[], Result], device: torch.device) -> tuple[Result, float]:

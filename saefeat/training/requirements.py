@@ -1,6 +1,6 @@
 """What a run will take of memory and disk, worked out from its sizes before anything is made.
 
-Shape letters: n rows in a batch, d width of a hook, d_sae latents, nnz entries of sparse codes.
+What a kind of dictionary takes in a step is its own to say: see `dictionaries.costs`.
 """
 
 import math
@@ -11,13 +11,8 @@ import torch
 
 from saefeat.activations.stream import ActivationStream
 from saefeat.core.devices import fastest_dtype
-from saefeat.dictionaries.auxiliary import MOST_ROWS, AuxiliaryConfig
 from saefeat.dictionaries.base import Dictionary, DictionaryConfig
-from saefeat.dictionaries.jump_relu import JumpReLUConfig
-from saefeat.dictionaries.matryoshka import MatryoshkaConfig
-from saefeat.dictionaries.penalty import PenalisedConfig
 from saefeat.dictionaries.sparse_autoencoder import SparseAutoencoder
-from saefeat.kernels.compiled_pursuit import ROWS_AT_ONCE
 from saefeat.training.bank import Bank, Key
 from saefeat.training.bank_learner import INITIAL_ROWS
 from saefeat.training.new_bank import blank_dictionaries
@@ -25,12 +20,6 @@ from saefeat.training.shared_scores import groups
 
 PARAMETER_BYTES = 16
 """Of a weight: itself, its gradient and Adam's two means, in float32."""
-ENTRY_BYTES = 70
-"""Of a stored entry of the codes: its place, its value and gradient, and the order by latent."""
-INITIAL_SCORE_BYTES = 16
-"""Of a score from which a penalised kind finds its first threshold: itself, and what sorts it."""
-DEAD_SHARE = 0.1
-"""Share of the latents that are taken to be dead, whose weights the auxiliary loss copies."""
 RECORD_BYTES = 320
 """Of a line in `metrics.jsonl`."""
 JSON_BYTES = 3000
@@ -213,22 +202,19 @@ class Requirements:
         return {name: n_bytes for name, n_bytes in parts.items() if n_bytes}
 
     def _score_bytes(self) -> int:
-        """What `shared_scores` and a pursuit keep, or make anew each time at the same size."""
+        """What `shared_scores` and the kinds keep, or make anew each time at the same size."""
         size = fastest_dtype(self.device).itemsize
-        rows = encoders = scores = pursuit = 0
+        rows = encoders = scores = kept = 0
         for learners in self.by_hook.values():
+            kept = max(kept, *(one.lasting_bytes(self.batch_size) for one in learners.values()))
             encoded = [one for one in learners.values() if isinstance(one, SparseAutoencoder)]
-            for one in learners.values():
-                if not isinstance(one, SparseAutoencoder):
-                    n_rows = min(self.batch_size, ROWS_AT_ONCE)
-                    pursuit = max(pursuit, 4 * one.d_sae * (one.d_sae + n_rows))
             widths = [one.d_sae for one in encoded]
             for group in groups(widths, self.batch_size) if encoded else ():
                 d_in, width = encoded[0].d_in, sum(widths[group])
                 rows = max(rows, self.batch_size * d_in)
                 encoders = max(encoders, width * d_in)
                 scores = max(scores, self.batch_size * width)
-        return size * (rows + encoders + scores) + pursuit
+        return size * (rows + encoders + scores) + kept
 
     def _scaled_bytes(self) -> int:
         """The batch in float32, scaled, wherever it takes part; and unscaled at one hook.
@@ -244,51 +230,13 @@ class Requirements:
 
     def _step_bytes(self) -> int:
         n = self.batch_size
-        most = 0
-        for one in self.dictionaries.values():
-            nnz = int(n * entries_per_row(one))
-            n_blocks = (
-                len(one.config.prefix_fractions) if isinstance(one.config, MatryoshkaConfig) else 1
-            )
-            # Rows less their mean, rows less b_dec, and a residual for each block.
-            needed = 4 * n * (2 * one.d_in + (n_blocks + 1) * one.d_out) + ENTRY_BYTES * nnz
-            if isinstance(one.config, AuxiliaryConfig) and one.config.auxiliary_weight:
-                # Encoder and decoder of dead latents, their gradients, and some of the rows.
-                copied = int(DEAD_SHARE * one.d_sae) * 2 + min(n // 4, MOST_ROWS)
-                needed += 4 * copied * (one.d_in + one.d_out)
-            if one.reads_several_hooks and isinstance(one.config, PenalisedConfig):
-                # Decoder norms by hook, and their gradients: by block, put together and added.
-                needed += 4 * 4 * one.d_sae * one.d_out
-            most = max(most, needed)
-        return self._scaled_bytes() + most
+        return self._scaled_bytes() + max(one.step_bytes(n) for one in self.dictionaries.values())
 
     def _first_step_bytes(self) -> int:
         """What initialisation takes: drawn rows, and scores where a kind looks at them."""
         n = min(self.batch_size, INITIAL_ROWS)
-        most = 0
-        for one in self.dictionaries.values():
-            drawn = 4 * 2 * one.d_sae * one.d_out
-            scored = 0
-            if isinstance(one.config, PenalisedConfig):
-                scored = INITIAL_SCORE_BYTES * n * one.d_sae + 4 * n * one.d_in
-            elif one.is_transcoder:
-                scored = 8 * n * one.d_sae + 8 * n * one.d_in
-            most = max(most, drawn, scored)
+        most = max(one.initial_bytes(n) for one in self.dictionaries.values())
         return self._scaled_bytes() + most
-
-
-def entries_per_row(dictionary: Dictionary) -> float:
-    """Entries of the codes that a token is expected to have in a step.
-
-    A penalised kind starts from `initial_l0` and moves away from it, to where nobody knows; for
-    JumpReLU the window of its thresholds adds about twice as many.
-    """
-    config, d_sae = dictionary.config, dictionary.d_sae
-    if isinstance(config, PenalisedConfig):
-        window = 3 if isinstance(config, JumpReLUConfig) else 1
-        return min(window * min(config.initial_l0, d_sae / 2), d_sae)
-    # A kind that says no k may keep all of them on.
-    return float(getattr(config, "k", d_sae))
 
 
 def _n_parameters(dictionary: Dictionary) -> int:
