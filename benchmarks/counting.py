@@ -11,7 +11,8 @@ it. Each of the `--processes` has one thread.
 - twice_load: 2 sum_i p_i ln(1/p_i) / d_in of the true densities.
 - n_features: how many there are.
 - estimate, low, high, coverage, identifiable, measured_twice_load: the answer.
-- shared_energy, n_strict, chao2, half: what it was made of.
+- shared_energy, n_strict, chao2, half: what it was made of. In older rows of the committed file it
+  may be of the picks that were not gone on with.
 - recall: share of the features that a counted direction has a cosine of at least 0.9 with.
 - sae_*: what BatchTopK SAEs with twice as many latents as features count, after four times as
   many rows; they are told how many features there are and how many are on. Empty but for
@@ -146,7 +147,8 @@ def counted(cell: Cell, options: Options) -> dict[str, Any]:
     count = sf.count_features(stream, n_tokens=n_rows, saes=False, progress=False)
     seconds = time.perf_counter() - start
     last = count.last_step
-    halves = [step.n_features for step in count.steps if step.stage == "half"]
+    halves = [step for step in count.steps if step.stage == "half"][-2:]
+    half = max(halves, key=lambda step: step.shared_energy).n_features if halves else ""
     row: dict[str, Any] = {
         **asdict(cell),
         "twice_load": round(2 * sf.superposition.load(truth.densities, n_neurons=cell.d_in), 4),
@@ -160,7 +162,7 @@ def counted(cell: Cell, options: Options) -> dict[str, Any]:
         "shared_energy": round(last.shared_energy, 4),
         "n_strict": last.n_strict,
         "chao2": round(last.chao2, 1),
-        "half": halves[-1] if halves else "",
+        "half": half,
         "atoms": last.d_sae,
         "picks": last.picks,
         "n_rows": count.n_tokens,

@@ -94,7 +94,8 @@ def _interval(half: Agreement, last: Agreement, reasons: list[str]) -> tuple[flo
 
     The low end leaves out what only some starts have found or at a cosine below 0.95, the high one
     takes in what none has, as Chao2 has it; both are MARGIN further out. A count that still rises
-    has what the last doubling of the rows brought added to its high end.
+    has what the last doubling of the rows brought added to its high end: Chao2 knows what starts
+    miss of what these rows show, and not what more rows would.
     """
     found = float(last.n_features)
     estimate, low, high = found, min(found, last.n_strict), max(found, last.chao2)
@@ -102,7 +103,7 @@ def _interval(half: Agreement, last: Agreement, reasons: list[str]) -> tuple[flo
     if rise > MARGIN * found:
         # If each doubling of the rows brings half of what the last one brought, as much again.
         estimate += min(rise / 2, high - found)
-        high = max(high, found + rise)
+        high += rise
         reasons.append(
             f"The count still rises ({half.n_features} at half of the rows, {last.n_features} at "
             "all): it is extrapolated, and the interval is wider. Raise n_tokens."
