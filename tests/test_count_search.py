@@ -170,10 +170,10 @@ def test_a_rising_count_is_extrapolated_no_further_than_what_is_unseen(rows):
     assert rising.estimate == 10
     assert rising.high == pytest.approx(14.2)
     assert "still rises" in rising.reasons[0]
-    last = found(n_features=10, alone=2)
-    unseen = concluded(rows, last, half=found(n_features=8))
-    assert unseen.estimate == pytest.approx(min(11, last.chao2))
+    last = found(n_features=30, alone=2)
+    unseen = concluded(rows, last, half=found(n_features=26))
+    assert unseen.estimate == pytest.approx(min(32, last.chao2))
     # What starts miss, and what more rows would bring.
-    assert unseen.high == pytest.approx(last.chao2 + 2 + 0.2)
-    settled = concluded(rows, replace(last), half=found(n_features=10))
-    assert settled.estimate == 10
+    assert unseen.high == pytest.approx(last.chao2 + 4 + 0.6)
+    settled = concluded(rows, replace(last), half=found(n_features=30))
+    assert settled.estimate == 30
