@@ -137,6 +137,9 @@ def test_a_count_below_what_another_width_agreed_on_is_no_count(rows):
     count = concluded(rows, found(n_features=10), others=[found(n_features=14)])
     assert not count.identifiable
     assert "has not settled" in count.reasons[0]
+    # A few more are within what the interval can say.
+    few = concluded(rows, found(n_features=48), others=[found(n_features=50)])
+    assert (few.estimate, few.high) == (48, 50)
     # Fewer picks leave more sums, which starts agree on too.
     assert concluded(rows, found(), others=[found(n_features=14, picks=1)]).identifiable
 

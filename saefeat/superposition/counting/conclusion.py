@@ -16,6 +16,8 @@ REPEATED = 0.75
 keep it below 1."""
 SETTLED = 0.8
 """Least share of the features that all starts have found, and closely."""
+SPREAD = 0.1
+"""Share of a count by which dictionaries of another width may agree on more; else it is none."""
 FULL = 0.9
 """Share of the atoms beyond which features fill a dictionary."""
 WIDE = 1.5
@@ -53,7 +55,7 @@ def conclude(
     # With fewer picks there are more sums among what starts agree on, and one is always by chance.
     most = max(step.n_strict for step in steps if step.picks >= last.picks)
     known = max(last.n_features, last.chao2)
-    if most > known + max(1, MARGIN * known):
+    if most > known + max(1, SPREAD * known):
         reasons.append(
             f"Dictionaries of another width agree on {most} features, these on "
             f"{last.n_features}: the count has not settled."
@@ -64,7 +66,7 @@ def conclude(
     low = (1 - MARGIN) * last.n_strict
     estimate, high = low, math.inf
     if identifiable and half is not None:
-        estimate, low, high = _interval(half, last, reasons)
+        estimate, low, high = _interval(half, last, most, reasons)
         if high > WIDE * low:
             identifiable = False
             reasons.append(
@@ -89,13 +91,16 @@ def conclude(
     )
 
 
-def _interval(half: Agreement, last: Agreement, reasons: list[str]) -> tuple[float, float, float]:
+def _interval(
+    half: Agreement, last: Agreement, most: int, reasons: list[str]
+) -> tuple[float, float, float]:
     """Estimate and ends.
 
     The low end leaves out what only some starts have found or at a cosine below 0.95, the high one
     takes in what none has, as Chao2 has it; both are MARGIN further out. A count that still rises
     has what the last doubling of the rows brought added to its high end: Chao2 knows what starts
-    miss of what these rows show, and not what more rows would.
+    miss of what these rows show, and not what more rows would. It is no lower than what
+    dictionaries of another width agree on.
     """
     found = float(last.n_features)
     estimate, low, high = found, min(found, last.n_strict), max(found, last.chao2)
@@ -108,4 +113,4 @@ def _interval(half: Agreement, last: Agreement, reasons: list[str]) -> tuple[flo
             f"The count still rises ({half.n_features} at half of the rows, {last.n_features} at "
             "all): it is extrapolated, and the interval is wider. Raise n_tokens."
         )
-    return estimate, low - MARGIN * found, high + MARGIN * found
+    return estimate, low - MARGIN * found, max(high + MARGIN * found, most)
