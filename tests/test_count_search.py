@@ -109,8 +109,12 @@ def test_what_all_starts_share_has_a_narrow_interval(rows):
     assert count.reasons == ()
 
 
-def test_doubt_widens_the_interval_on_its_own_side(rows):
-    assert concluded(rows, found(n_strict=8)).low == pytest.approx(7.8)
+def test_what_some_starts_have_found_loosely_may_be_nothing_or_as_much_again(rows):
+    count = concluded(rows, found(n_features=30, n_strict=27))
+    assert (count.estimate, count.low, count.high) == pytest.approx((30, 26.4, 33.6))
+
+
+def test_what_only_one_start_has_found_tells_of_what_none_has(rows):
     last = found(alone=2)
     assert last.coverage == pytest.approx(1 - 2 / 32)
     assert concluded(rows, last).high == pytest.approx(last.chao2 + 0.2)

@@ -96,18 +96,19 @@ def _interval(
 ) -> tuple[float, float, float]:
     """Estimate and ends.
 
-    The low end leaves out what only some starts have found or at a cosine below 0.95, the high one
-    takes in what none has, as Chao2 has it; both are MARGIN further out. A count that still rises
-    has what the last doubling of the rows brought added to its high end: Chao2 knows what starts
-    miss of what these rows show, and not what more rows would. It is no lower than what
-    dictionaries of another width agree on.
+    What only some starts have found, or not at a cosine of 0.95, may be nothing: the low end leaves
+    it out. Or it is the visible part of as much again that none has found: the high end takes that
+    in, or what Chao2 says is unseen if that is more, and what another width agrees on. Both are
+    MARGIN further out. A count that still rises has what the last doubling of the rows brought
+    added to its high end: starts say what they miss of these rows, and not what more would show.
     """
     found = float(last.n_features)
-    estimate, low, high = found, min(found, last.n_strict), max(found, last.chao2)
+    low = min(found, last.n_strict)
+    estimate, high = found, max(found + (found - low), last.chao2)
     rise = last.n_features - half.n_features
     if rise > MARGIN * found:
         # If each doubling of the rows brings half of what the last one brought, as much again.
-        estimate += min(rise / 2, high - found)
+        estimate += min(rise / 2, max(found, last.chao2) - found)
         high += rise
         reasons.append(
             f"The count still rises ({half.n_features} at half of the rows, {last.n_features} at "
