@@ -11,8 +11,8 @@ it. Each of the `--processes` has one thread.
 - twice_load: 2 sum_i p_i ln(1/p_i) / d_in of the true densities.
 - n_features: how many there are.
 - estimate, low, high, coverage, identifiable, measured_twice_load: the answer.
-- shared_energy, n_strict, chao2, half: what it was made of. In older rows of the committed file it
-  may be of the picks that were not gone on with.
+- shared_energy, n_strict, chao2, half: what it was made of. In older rows of the committed file
+  half may be of the picks that were not gone on with; their intervals are by the rule of now.
 - recall: share of the features that a counted direction has a cosine of at least 0.9 with.
 - sae_*: what BatchTopK SAEs with twice as many latents as features count, after four times as
   many rows; they are told how many features there are and how many are on. Empty but for

@@ -99,6 +99,16 @@ def test_a_reader_that_has_had_enough_is_no_error():
         assert running.wait() == 141
 
 
+def test_another_pipe_that_breaks_is_an_error(monkeypatch, capfd):
+    def worker_has_died():
+        raise BrokenPipeError(32, "a worker has died")
+
+    monkeypatch.setitem(COMMANDS, "report", worker_has_died)
+    with pytest.raises(SystemExit, match="2"):
+        main(["report"])
+    assert "a worker has died" in capfd.readouterr().err
+
+
 def test_help_of_cache_shows_an_example():
     finished = saefeat("cache", "--help")
     assert finished.returncode == 0

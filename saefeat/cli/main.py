@@ -5,6 +5,7 @@ import inspect
 import io
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -34,16 +35,23 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt as stop:
         # 130 is what shells say of a program that SIGINT ended.
         _exit_with(str(stop) or "interrupted", 130)
-    except BrokenPipeError:
-        # Whoever read what was printed, such as `head`, has had enough. What Python still holds
-        # goes nowhere, or it would fail once more on exit; 141 is what shells say of SIGPIPE.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     except (ValueError, KeyError, OSError, ImportError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            # What Python still holds goes nowhere, or it would fail once more on exit; 141 is what
+            # shells say of SIGPIPE.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
         if debug:
             raise
         # str of a KeyError puts its message in quotation marks.
         _exit_with(str(error.args[0] if isinstance(error, KeyError) else error))
+
+
+def _reader_has_left() -> bool:
+    """Whether it is standard output that broke, as when `head` has had enough; pipes are many."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return any(state & select.POLLERR for _, state in output.poll(0))
 
 
 @contextmanager

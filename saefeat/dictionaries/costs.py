@@ -1,4 +1,4 @@
-"""What training a dictionary takes, worked out from its sizes; a kind overrides what it does else.
+"""What training a dictionary takes, worked out from its sizes; kinds override what differs.
 
 Shape letters: n rows in a batch, nnz entries of the sparse codes of all of them.
 """
