@@ -22,7 +22,6 @@ class Costs:
     d_in: int
     d_out: int
     d_sae: int
-    is_transcoder: bool
 
     @property
     def entries_per_row(self) -> float:

@@ -1,4 +1,4 @@
-"""How many weights a model has where its layers are."""
+"""How many weights the blocks of a model have."""
 
 import re
 from typing import Any

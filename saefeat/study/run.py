@@ -112,9 +112,9 @@ def gather(out: Path, protocol: Protocol, subjects: Sequence[Subject]) -> Observ
         for name in parts(subject, protocol):
             kind = name.partition("-")[0]
             records[kind] += read_json(out / "models" / subject.name / f"{name}.json")
-    sizes = {one.shape_label: one.n_parameters for one in subjects}
     for pair in pairs(subjects, protocol):
         records["pair"].append(read_json(_pair_file(out, pair)))
+    sizes = {one.shape_label: one.n_parameters for one in subjects}
     return Observations.from_dict(
         {
             "shapes": [
